@@ -1,0 +1,177 @@
+"""Every private torch name that fxquant uses, so that a torch upgrade fails in one place.
+
+``tests/fxquant/test_compat.py`` imports all of them and keeps one canary a mechanism. Inductor's own names are imported
+inside functions: importing Inductor costs a second that ``import fxquant`` must not pay.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._guards import CompileContext, TracingContext
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.traceback import preserve_node_meta
+
+from fxquant.errors import UnsupportedTorchError
+
+__all__ = [
+    "DYNAMO_CONTROL_FLOW",
+    "CompileContext",
+    "FakeTensor",
+    "FakeTensorMode",
+    "Inductor",
+    "TracingContext",
+    "check_torch",
+    "compile_fx",
+    "constant_source",
+    "frame_fields",
+    "get_proxy_mode",
+    "inductor_modes",
+    "is_higher_order",
+    "make_fx",
+    "make_salt_pass",
+    "preserve_node_meta",
+    "track_tensor_tree",
+    "user_post_grad_passes",
+]
+
+SUPPORTED_TORCH = ("2.13",)
+
+# Exceptions by which Dynamo steers itself; they must pass through a backend untouched.
+DYNAMO_CONTROL_FLOW = (RestartAnalysis, SkipFrame)
+
+
+def compile_fx(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor's compile of a Dynamo graph under config patches of this one compilation."""
+    from torch._inductor.compile_fx import compile_fx as inductor
+
+    compiled: Callable[..., Any] = inductor(gm, list(inputs), config_patches=patches)
+    return compiled
+
+
+def check_torch(go_on: bool) -> None:
+    """Raise UnsupportedTorchError for a torch release that was never tested, unless the user says to go on."""
+    release = ".".join(torch.__version__.split(".")[:2])
+    if release not in SUPPORTED_TORCH and not go_on:
+        raise UnsupportedTorchError(
+            f"torch {torch.__version__} is not supported; supported: {', '.join(SUPPORTED_TORCH)}. "
+            "The option try_unsupported_torch=True goes on all the same"
+        )
+
+
+def frame_fields() -> dict[str, Any]:
+    """co_name, co_filename and co_firstlineno of the function that Dynamo is compiling."""
+    context = TracingContext.try_get()
+    shape_env = context.fake_mode.shape_env if context is not None and context.fake_mode is not None else None
+    fields = getattr(shape_env, "co_fields", None) or {}
+    unknown = {"co_name": "graph", "co_filename": "unknown", "co_firstlineno": 0}
+    return {**unknown, **fields}
+
+
+def user_post_grad_passes(patches: dict[str, Any]) -> list[Any]:
+    """The user's own custom passes, which run before our salt: those of ``patches``, else those set in Inductor."""
+    import torch._inductor.config as inductor_config
+    from torch._inductor.custom_graph_pass import get_custom_graph_passes
+
+    chosen = patches.get("post_grad_custom_pre_pass", inductor_config.post_grad_custom_pre_pass)
+    return list(get_custom_graph_passes(chosen))
+
+
+def make_salt_pass(value: str) -> Any:
+    """A pass that does nothing but put ``value`` into the FX-graph and AOTAutograd cache keys."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Salt(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            """Leave the graph as it is."""
+
+        def uuid(self) -> str:
+            return value
+
+    return Salt()
+
+
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """``mode=`` of torch.compile → the Inductor config patches that it stands for."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options())
+
+
+def constant_source(name: str) -> Any:
+    """The source object that AOTAutograd expects for a parameter held by the graph module itself."""
+    from torch._dynamo.source import ConstantSource
+
+    return ConstantSource(name)
+
+
+def is_higher_order(target: object) -> bool:
+    """Whether a call target is a higher-order operator (cond, flex attention, checkpoint, autograd.Function)."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+@dataclass(frozen=True)
+class Inductor:
+    """The parts of Inductor that a lowering uses; made once, when the first lowering registers."""
+
+    CppTemplate: Any
+    ops: Any
+    register_lowering: Callable[..., Any]
+    fallback_handler: Callable[..., Any]
+    view: Callable[..., Any]
+    gen_2d_view: Callable[..., Any]
+    export_declaration: Callable[[], str]
+    threads: Callable[[], int]
+    _ir: Any
+    _virtualized: Any
+
+    @classmethod
+    def load(cls) -> "Inductor":
+        """Import Inductor's names; this is where a torch upgrade would fail."""
+        from torch._inductor import ir, lowering
+        from torch._inductor.codegen.cpp import get_export_declaration
+        from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
+        from torch._inductor.codegen.cpp_template import CppTemplate
+        from torch._inductor.utils import parallel_num_threads
+        from torch._inductor.virtualized import V, ops
+
+        return cls(
+            CppTemplate=CppTemplate,
+            ops=ops,
+            register_lowering=lowering.register_lowering,
+            fallback_handler=lowering.fallback_handler,
+            view=lowering.view,
+            gen_2d_view=gen_2d_view_of_epilogue_buf,
+            export_declaration=get_export_declaration,
+            threads=parallel_num_threads,
+            _ir=ir,
+            _virtualized=V,
+        )
+
+    def graph(self) -> Any:
+        """The graph that is being lowered."""
+        return self._virtualized.graph
+
+    def realize(self, node: Any) -> Any:
+        """A node as a buffer in memory."""
+        return self._ir.ExternKernel.realize_input(node)
+
+    def realize_contiguous(self, node: Any) -> Any:
+        """A node as a contiguous buffer in memory."""
+        return self._ir.ExternKernel.require_contiguous(self._ir.ExternKernel.realize_input(node))
+
+    def fixed_layout(self, device: Any, dtype: torch.dtype, size: list[Any]) -> Any:
+        """A contiguous layout."""
+        return self._ir.FixedLayout(device, dtype, size)
+
+    def buffer(self, name: str, layout: Any) -> Any:
+        """A buffer that stands for a value inside a template."""
+        return self._ir.Buffer(name=name, layout=layout)
+
+    def pointwise_buffer(self, out: Any, inner: Callable[[Any], Any]) -> Any:
+        """The buffer ``out`` computed element by element."""
+        data = self._ir.Pointwise(device=out.get_device(), dtype=out.get_dtype(), inner_fn=inner, ranges=out.get_size())
+        return self._ir.ComputedBuffer(name=out.get_name(), layout=out.layout, data=data)

@@ -1,0 +1,188 @@
+"""Packed weights as extra graph inputs, kept equal to the Parameters they come from.
+
+A compiled graph owns one ``Binder``. At every call it looks at the identity, the version counter and the address of
+each source Parameter; what changed since the last call is packed again before the graph runs. Nothing is baked into the
+graph, so layers compiled one by one share it. Writes that PyTorch cannot see (``.data.add_``, NumPy views, inference
+tensors) need ``fxquant.refresh``.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class FrozenValue:
+    """A weight as a pure function of graph inputs: ``evaluate`` maps the inputs at ``sources`` to its value."""
+
+    sources: tuple[int, ...]
+    evaluate: Callable[..., Tensor]
+
+    def __call__(self, args: Sequence[Any]) -> Tensor:
+        """The weight's value for the arguments of one call."""
+        with torch.no_grad():
+            return self.evaluate(*(args[i].detach() for i in self.sources))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed weight with its error, or the sentence why it cannot be packed."""
+
+    blob: Tensor | None
+    sqnr_db: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One packed graph input: where its weight comes from and how it is coded."""
+
+    site: str
+    weight: FrozenValue
+    scheme: Scheme
+    pack: Callable[[Tensor, Scheme], Packed]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One lowered graph: its callable, its packed inputs (which come first) and the positions of the user's inputs."""
+
+    run: Callable[..., Any]
+    slots: tuple[Slot, ...]
+    kept: tuple[int, ...]
+
+
+@dataclass
+class _Entry:
+    stamp: list[tuple[int, int]]
+    program: Program
+    packed: tuple[Tensor, ...]
+    keep: Callable[[Sequence[Any]], tuple[Any, ...]]
+    aliases: list[Tensor]  # holds the storages, so that an address cannot come back with other contents
+    owners: list[weakref.ref[Tensor]] = field(default_factory=list)
+
+
+class Binder:
+    """Calls a program with packed weights that match the arguments of each call.
+
+    ``variant`` builds another program where some site's weight can no longer be packed (site → reason).
+    ``on_bind`` hears of every new set of Parameters: (site → Packed, site → reason).
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        variant: Callable[[dict[str, str]], Program],
+        on_bind: Callable[[dict[str, Packed], Sequence[Tensor]], None],
+    ) -> None:
+        self._program = program
+        self._variant = variant
+        self._on_bind = on_bind
+        self._variants: dict[tuple[str, ...], Program] = {}
+        self._entries: dict[tuple[int, ...], _Entry] = {}
+        self._lock = threading.RLock()
+        positions = sorted({i for slot in program.slots for i in slot.weight.sources})
+        self._watch = positions_getter(positions)
+
+    def __call__(self, args: Sequence[Any]) -> Any:
+        watched = self._watch(args)
+        entry = self._entries.get(tuple(map(id, watched)))
+        if entry is None or entry.stamp != _stamp(watched):
+            entry = self.bind(args)
+        return entry.program.run(*entry.packed, *entry.keep(args))
+
+    def bind(self, args: Sequence[Any], ready: dict[str, Packed] | None = None) -> _Entry:
+        """Pack what the arguments hold (``ready`` has results that are known already) and remember it."""
+        with self._lock:
+            watched = self._watch(args)
+            stamp = _stamp(watched)
+            packed = {
+                s.site: (ready or {}).get(s.site) or s.pack(s.weight(args), s.scheme) for s in self._program.slots
+            }
+            program = self._program_for({site: p.reason for site, p in packed.items() if p.reason is not None})
+            blobs = tuple(packed[slot.site].blob for slot in program.slots)
+            key = tuple(map(id, watched))
+            entry = _Entry(
+                stamp=stamp,
+                program=program,
+                packed=tuple(blob for blob in blobs if blob is not None),
+                keep=positions_getter(program.kept),
+                aliases=[tensor.detach() for tensor in watched],
+                owners=[weakref.ref(tensor, lambda _: self._entries.pop(key, None)) for tensor in watched],
+            )
+            self._on_bind(packed, watched)
+            self._entries[key] = entry
+            return entry
+
+    def forget(self, ids: set[int]) -> None:
+        """Drop what was packed from any tensor with one of these ids: it is packed again at the next call."""
+        with self._lock:
+            for key in [key for key in self._entries if ids.intersection(key)]:
+                del self._entries[key]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all packed weights that this graph holds."""
+        return sum(blob.numel() for entry in self._entries.values() for blob in entry.packed)
+
+    def _program_for(self, reasons: dict[str, str]) -> Program:
+        if not reasons:
+            return self._program
+        key = tuple(sorted(reasons))
+        if key not in self._variants:
+            self._variants[key] = self._variant(reasons)
+        return self._variants[key]
+
+
+def positions_getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """``args → (args[i] for i in positions)`` as fast as Python can."""
+    if not positions:
+        return lambda args: ()
+    if len(positions) == 1:
+        only = positions[0]
+        return lambda args: (args[only],)
+    return itemgetter(*positions)
+
+
+def _stamp(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    try:
+        return [(t._version, t.data_ptr()) for t in tensors]
+    except RuntimeError:  # inference tensors have no version counter
+        return [(-1 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
+
+
+def frozen_value(node: fx.Node) -> FrozenValue:
+    """The frozen value computed at a node, as a function of the graph's inputs."""
+    needed = _ancestors(node)
+    placeholders = node.graph.find_nodes(op="placeholder")
+    sources = [p for p in placeholders if p in needed]
+    if node.op == "placeholder":
+        return FrozenValue((placeholders.index(node),), lambda value: value)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {p: graph.placeholder(p.name) for p in sources}
+    for old in node.graph.nodes:
+        if old in needed and old not in copies:
+            copies[old] = graph.node_copy(old, lambda n: copies[n])
+    graph.output(copies[node])
+    root = node.graph.owning_module
+    module = fx.GraphModule(root if root is not None else torch.nn.Module(), graph)
+    return FrozenValue(tuple(placeholders.index(p) for p in sources), module)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found = {node}
+    pending = [node]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                pending.append(source)
+    return found

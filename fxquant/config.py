@@ -1,0 +1,167 @@
+"""Options of one compilation, and the one table of environment variables.
+
+Precedence, highest first:
+
+1. a key given in ``options={...}`` or a field of ``options=FxQuantConfig(...)``;
+2. the TOML file named by the key ``config`` (top level, or its table ``[fxquant]``);
+3. an environment variable of the table ``ENVIRONMENT`` (only ``dump`` has both);
+4. the default written below.
+
+For one site the first pattern of ``sites`` that matches wins over ``scheme``.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fxquant._compat import inductor_modes
+from fxquant.errors import ConfigError
+from fxquant.schemes import check_setting
+
+ENVIRONMENT = {
+    "FXQUANT_CACHE": "folder of the built kernel library (default: ~/.cache/fxquant)",
+    "FXQUANT_DUMP": "folder to which each stage that changed a graph is written",
+    "FXQUANT_ISA": "highest instruction set that kernels may use: scalar, avx2, avx_vnni or avx512_vnni",
+    "FXQUANT_LOGS": "comma-separated loggers to print: any of " + ", ".join(("passes", "plan", "kernels")),
+}
+ISAS = ("scalar", "avx2", "avx_vnni", "avx512_vnni")
+LOGGERS = ("passes", "plan", "kernels")
+
+
+class FxQuantConfig(BaseModel):
+    """Every option of ``torch.compile(model, backend="fxquant", options=...)``. Frozen; an unknown key is an error.
+
+    Raises:
+        ConfigError: a key, a scheme or a value is wrong; the message names the nearest valid one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    scheme: str = Field("auto", description="scheme of every linear: auto, float, w8a8, w8a7 or w7a7")
+    sites: dict[str, str] = Field({}, description="site or parameter pattern → scheme; the first match wins")
+    codegen: Literal["inductor", "ops"] = Field("inductor", description="ops: run the graph without Inductor")
+    assume_inference: bool = Field(False, description="quantize although gradients are enabled; outputs have none")
+    dump: str | None = Field(None, description="folder for the graph after each stage that changed it")
+    inductor: dict[str, Any] = Field({}, description="Inductor config patches for this compilation")
+    try_unsupported_torch: bool = Field(False, description="go on with a torch release that was never tested")
+
+    def __init__(self, **values: Any) -> None:
+        for key in values:
+            if key not in type(self).model_fields:
+                raise ConfigError(f"unknown option {key!r}; {_nearest(key, type(self).model_fields)}")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"option {place!r}: {first['msg']}; got {first['input']!r}") from None
+
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        return check_setting(value)
+
+    @field_validator("sites")
+    @classmethod
+    def _known_site_schemes(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern, setting in value.items():
+            if not pattern:
+                raise ValueError("an empty pattern matches nothing; write '*' for every site")
+            check_setting(setting)
+        return value
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
+        """The options of a TOML file, with ``overrides`` winning over the file.
+
+        Raises:
+            ConfigError: the file cannot be read, is no TOML, or holds a wrong option.
+        """
+        try:
+            table = tomllib.loads(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"options file {path}: {error.strerror or error}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"options file {path} is no valid TOML: {error}") from None
+        table = table.get("fxquant", table)
+        if not isinstance(table, dict):
+            raise ConfigError(f"options file {path}: 'fxquant' must be a table")
+        return cls(**{**table, **overrides})
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The environment variables of fxquant, checked."""
+
+    cache: Path | None
+    dump: str | None
+    isa: int | None
+    logs: tuple[str, ...]
+
+
+def environment(variables: Mapping[str, str] = os.environ) -> Environment:
+    """What the FXQUANT_* variables say.
+
+    Raises:
+        ConfigError: an unknown FXQUANT_* name or a bad value.
+    """
+    for name in variables:
+        if name.startswith("FXQUANT_") and name not in ENVIRONMENT:
+            raise ConfigError(f"unknown environment variable {name}; {_nearest(name, ENVIRONMENT)}")
+    isa = variables.get("FXQUANT_ISA") or None
+    if isa is not None and isa not in ISAS:
+        raise ConfigError(f"FXQUANT_ISA={isa!r} is not an instruction set; use one of {', '.join(ISAS)}")
+    logs = tuple(part.strip() for part in variables.get("FXQUANT_LOGS", "").split(",") if part.strip())
+    for name in logs:
+        if name not in LOGGERS:
+            raise ConfigError(f"FXQUANT_LOGS: unknown logger {name!r}; {_nearest(name, LOGGERS)}")
+    cache = variables.get("FXQUANT_CACHE") or None
+    return Environment(
+        cache=Path(cache).expanduser() if cache else None,
+        dump=variables.get("FXQUANT_DUMP") or None,
+        isa=ISAS.index(isa) if isa else None,
+        logs=logs,
+    )
+
+
+def resolve_options(options: object, mode: str | None = None) -> FxQuantConfig:
+    """The config of one compilation from what the user gave to ``torch.compile``.
+
+    ``mode`` is mapped to the Inductor options that ``torch.compile(mode=...)`` stands for.
+
+    Raises:
+        ConfigError: ``options`` is neither a mapping nor an FxQuantConfig, a key is unknown, or the mode is.
+    """
+    if options is None:
+        config = FxQuantConfig()
+    elif isinstance(options, FxQuantConfig):
+        config = options
+    elif isinstance(options, Mapping):
+        values = dict(options)
+        file = values.pop("config", None)
+        config = FxQuantConfig(**values) if file is None else FxQuantConfig.from_toml(file, **values)
+    else:
+        raise ConfigError(f"options must be a dict or an FxQuantConfig, not {type(options).__name__}")
+    if mode is not None:
+        config = config.model_copy(update={"inductor": {**_mode_patches(mode), **config.inductor}})
+    return config
+
+
+def _mode_patches(mode: str) -> dict[str, Any]:
+    modes = inductor_modes()
+    if mode not in modes:
+        raise ConfigError(f"unknown mode {mode!r}; {_nearest(mode, modes)}")
+    return dict(modes[mode])
+
+
+def _nearest(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: " + ", ".join(known)

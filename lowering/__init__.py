@@ -1,0 +1,1 @@
+"""From fxquant:: operators to code: packing, tile sizes, CPU kernels, Inductor."""

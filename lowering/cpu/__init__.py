@@ -1,0 +1,1 @@
+"""C++ kernels and the build of the library that holds them."""

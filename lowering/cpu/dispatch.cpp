@@ -1,0 +1,145 @@
+// Picks the kernels for this CPU and implements the C interface on top of them.
+#include "layout.h"
+#include "linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cpuid.h>
+#include <cstring>
+
+using namespace fxquant;
+
+namespace {
+
+constexpr const Kernels* kTable[] = {&kScalar, &kAvx2, &kAvxVnni, &kAvx512Vnni};
+
+int32_t detect() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+    return 3;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool avx_vnni = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  return avx_vnni ? 2 : 1;
+}
+
+// A CPU with AVX512-VNNI need not have AVX-VNNI: that level then runs the AVX2 kernels.
+bool runs(int32_t isa) {
+  if (isa != 2) return isa <= detect();
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return detect() >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+std::atomic<int32_t> current{-1};
+
+const Kernels& kernels() { return *kTable[fxquant_isa()]; }
+
+const Header& header_of(const uint8_t* packed) { return *reinterpret_cast<const Header*>(packed); }
+
+bool is_wide(int32_t weight_bits, int32_t act_bits) {
+  return !has_schedule(weight_bits, act_bits) && kernels().wide_8x8;
+}
+
+// Walks over the panels and row blocks of a tile; use(sums, row, rows, column, columns) takes each block.
+template <typename Use>
+void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Use use) {
+  const Header& header = header_of(packed);
+  const Layout layout(header);
+  const bool scheduled = has_schedule(header.weight_bits, header.act_bits);
+  const Kernels& kernel = kernels();
+  const PanelFn panel = scheduled ? kernel.panel_15 : kernel.panel_8x8;
+  const Scratch rows(m, header.k, is_wide(header.weight_bits, header.act_bits));
+  const int64_t block = even_share(m1 - m0, scheduled ? kernel.rows_15 : kernel.rows_8x8);
+  alignas(64) int32_t sums[kMaxRows * kPanel];
+  for (int64_t n = n0; n < n1; n += kPanel) {
+    for (int64_t i = m0; i < m1; i += block) {
+      const int64_t count = std::min(block, m1 - i);
+      panel(scratch + rows.codes + i * rows.stride, rows.stride, count, packed, layout, n / kPanel, sums);
+      use(layout, sums, i, count, n, std::min(kPanel, n1 - n));
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" int32_t fxquant_isa(void) {
+  int32_t isa = current.load(std::memory_order_relaxed);
+  if (isa < 0) {
+    isa = detect();
+    current.store(isa, std::memory_order_relaxed);
+  }
+  return isa;
+}
+
+extern "C" int32_t fxquant_set_isa(int32_t isa) {
+  int32_t chosen = std::clamp(isa, 0, 3);
+  while (!runs(chosen)) chosen--;
+  current.store(chosen, std::memory_order_relaxed);
+  return chosen;
+}
+
+extern "C" void fxquant_linear_tiles(
+    int64_t m, int64_t n, int32_t weight_bits, int32_t act_bits, int64_t threads, int64_t* rows, int64_t* columns) {
+  constexpr int64_t kTilesPerThread = 4;  // so that the threads finish together
+  const int64_t step = has_schedule(weight_bits, act_bits) ? kernels().rows_15 : kernels().rows_8x8;
+  const int64_t share = even_share(std::max<int64_t>(m, 1), FXQUANT_TILE_ROWS);
+  *rows = std::min<int64_t>((share + step - 1) / step * step, FXQUANT_TILE_ROWS);
+  *columns = FXQUANT_TILE_COLUMNS;
+  const auto count = [&] { return ((m + *rows - 1) / *rows) * ((n + *columns - 1) / *columns); };
+  while (*columns > kPanel && count() < threads * kTilesPerThread) *columns -= kPanel;
+}
+
+extern "C" int64_t fxquant_linear_scratch_bytes(int64_t m, int64_t k, int32_t weight_bits, int32_t act_bits) {
+  return Scratch(m, k, is_wide(weight_bits, act_bits)).bytes;
+}
+
+extern "C" void fxquant_quantize_rows(
+    const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
+    uint8_t* scratch, int64_t m) {
+  const bool wide = is_wide(weight_bits, act_bits);
+  const Scratch rows(m, k, wide);
+  const QuantizeFn quantize = kernels().quantize;
+  float* scales = reinterpret_cast<float*>(scratch);
+  int32_t* zero_points = reinterpret_cast<int32_t*>(scratch + rows.zero_points);
+  for (int64_t i = m0; i < m1; i++) {
+    uint8_t* codes = scratch + rows.codes + i * rows.stride;
+    // 8-bit codes first land in the upper half of a wide row and are spread from there, front to back.
+    uint8_t* narrow = wide ? codes + rows.stride / 2 : codes;
+    quantize(x + i * ldx, k, (1 << act_bits) - 1, narrow, scales + i, zero_points + i);
+    if (!wide) continue;
+    uint16_t* spread = reinterpret_cast<uint16_t*>(codes);
+    for (int64_t j = 0; j < rows.stride / 2; j++) spread[j] = narrow[j];
+  }
+}
+
+extern "C" void fxquant_linear_tile(
+    const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+    float* out, int64_t ldo) {
+  if (m0 >= m1) return;
+  const float* scale_x = reinterpret_cast<const float*>(scratch);
+  const int32_t* zero_points = reinterpret_cast<const int32_t*>(scratch + align64(m * 4));
+  const FinishFn finish = kernels().finish;
+  walk(scratch, m, packed, m0, m1, n0, n1,
+       [&](const Layout& layout, const int32_t* sums, int64_t i, int64_t rows, int64_t n, int64_t columns) {
+         finish(sums, reinterpret_cast<const int32_t*>(packed + layout.sums) + n,
+                reinterpret_cast<const float*>(packed + layout.scales) + n, scale_x + i, zero_points + i, rows, columns,
+                out + (i - m0) * ldo + (n - n0), ldo);
+       });
+}
+
+extern "C" void fxquant_linear_tile_int32(
+    const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+    int32_t* out, int64_t ldo) {
+  if (m0 >= m1) return;
+  const int32_t* zero_points = reinterpret_cast<const int32_t*>(scratch + align64(m * 4));
+  walk(scratch, m, packed, m0, m1, n0, n1,
+       [&](const Layout& layout, const int32_t* sums, int64_t i, int64_t rows, int64_t n, int64_t columns) {
+         const int32_t* column_sums = reinterpret_cast<const int32_t*>(packed + layout.sums) + n;
+         for (int64_t r = 0; r < rows; r++)
+           for (int64_t c = 0; c < columns; c++)
+             out[(i - m0 + r) * ldo + (n - n0) + c] = static_cast<int32_t>(
+                 static_cast<uint32_t>(sums[r * kPanel + c]) -
+                 static_cast<uint32_t>(zero_points[i + r]) * static_cast<uint32_t>(column_sums[c]));
+       });
+}

@@ -1,0 +1,91 @@
+// Layout of a packed weight and of the scratch memory; the table of kernels that each instruction set fills in.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fxquant {
+
+constexpr int64_t kPanel = 16;  // columns of a panel
+constexpr int64_t kStep = 4;    // k values of a step: one step of a panel is 64 bytes, [16 columns][4 k]
+constexpr uint32_t kMagic = 0x4c515846;  // "FXQL"
+constexpr uint32_t kVersion = 1;
+constexpr int64_t kMaxRows = 14;  // most rows of one micro-kernel call
+
+constexpr int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Longest accumulation that no input can overflow, in steps, for worst-case weights: a 16-bit lane adds two products a
+// step, so T steps span at most (2^a - 1) * 2 * (2^(w-1) - 1) * T, and a centred accumulator holds a span of 65535.
+//   w8a7: 127 * 2 * 127 * 2 = 64516 <= 65535     w7a7: 127 * 2 * 63 * 4 = 64008 <= 65535
+constexpr int64_t min_segment(int32_t weight_bits) { return weight_bits == 8 ? 2 : 4; }
+// 16-bit accumulation is exact up to 15 bits in all: one product pair spans (2^7 - 1) * 2 * (2^7 - 1) = 32258 <= 32767.
+constexpr bool has_schedule(int32_t weight_bits, int32_t act_bits) { return weight_bits + act_bits <= 15; }
+
+struct Header {
+  uint32_t magic, version;
+  int64_t n, k;
+  int32_t weight_bits, act_bits;
+};
+
+// Offsets of the sections of a packed weight, each 64-byte aligned.
+struct Layout {
+  int64_t n, k, panels, steps, capacity;
+  int64_t weights, scales, sums, counts, starts, lengths, centres, bytes;
+
+  Layout(int64_t n_, int64_t k_, int32_t weight_bits, int32_t act_bits)
+      : n(n_), k(k_), panels((n_ + kPanel - 1) / kPanel), steps((k_ + kStep - 1) / kStep) {
+    const int64_t longest = min_segment(weight_bits);
+    capacity = has_schedule(weight_bits, act_bits) ? (steps + longest - 1) / longest : 0;
+    weights = 64;
+    scales = weights + panels * steps * 64;
+    sums = scales + panels * 64;
+    counts = sums + panels * 64;                                  // int32 [panels]: segments of a panel
+    starts = counts + align64(panels * 4);                        // int32 [panels][16]: minus the sum of all centres
+    lengths = starts + (capacity ? panels * 64 : 0);              // uint16 [panels][capacity]
+    centres = lengths + align64(panels * capacity * 2);           // int16 [panels][capacity][32 lanes]
+    bytes = centres + panels * capacity * 64;
+  }
+  explicit Layout(const Header& h) : Layout(h.n, h.k, h.weight_bits, h.act_bits) {}
+};
+
+// Scratch memory of m quantized rows: scale float [m], zero point int32 [m], codes [m][stride].
+struct Scratch {
+  int64_t zero_points, codes, stride, bytes;
+
+  // wide: codes are 16 bits (AVX2 has no exact 8 x 8-bit product).
+  Scratch(int64_t m, int64_t k, bool wide) {
+    zero_points = align64(m * 4);
+    codes = 2 * zero_points;
+    stride = align64((k + kStep - 1) / kStep * kStep) * (wide ? 2 : 1);
+    bytes = codes + m * stride;
+  }
+};
+
+// One panel against rows of codes (row stride in bytes): sums int32 [rows][16].
+using PanelFn = void (*)(
+    const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* packed, const Layout& layout, int64_t panel,
+    int32_t* sums);
+// One row: codes u8 (padded with zeros to a whole step), scale, zero point.
+using QuantizeFn = void (*)(const float* x, int64_t k, int32_t qmax, uint8_t* codes, float* scale, int32_t* zero_point);
+// out[i][j] = float(sums[i][j] - zero_point[i] * column_sum[j]) * (scale_x[i] * scale_w[j])
+using FinishFn = void (*)(
+    const int32_t* sums, const int32_t* column_sums, const float* scale_w, const float* scale_x,
+    const int32_t* zero_points, int64_t rows, int64_t columns, float* out, int64_t ldo);
+
+struct Kernels {
+  QuantizeFn quantize;
+  PanelFn panel_8x8;   // any scheme
+  PanelFn panel_15;    // schemes with a schedule
+  FinishFn finish;
+  int64_t rows_8x8, rows_15;  // most rows of one call
+  bool wide_8x8;              // panel_8x8 reads 16-bit codes
+};
+
+extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni;
+
+// Equal parts of `rows`, none above `most`.
+inline int64_t even_share(int64_t rows, int64_t most) {
+  const int64_t parts = (rows + most - 1) / most;
+  return (rows + parts - 1) / parts;
+}
+
+}  // namespace fxquant

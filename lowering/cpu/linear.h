@@ -1,0 +1,37 @@
+// The C interface of the low-bit linear kernels: what generated code and the operators call. No torch headers.
+#pragma once
+#include <cstdint>
+
+// A float tile of this size is 24 KiB: it stays in L1 while an epilogue runs over it.
+#define FXQUANT_TILE_ROWS 96
+#define FXQUANT_TILE_COLUMNS 64
+
+#define FXQUANT_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+// Bytes of a packed weight [n, k]; depends on nothing else, so a packed weight is a graph input of fixed shape.
+FXQUANT_EXPORT int64_t fxquant_linear_packed_bytes(int64_t n, int64_t k, int32_t weight_bits, int32_t act_bits);
+// codes int8 [n, k], scales float [n] -> out. 0: packed; 1: a code is out of range; 2: no safe schedule exists.
+FXQUANT_EXPORT int32_t fxquant_linear_pack(
+    const int8_t* codes, const float* scales, int64_t n, int64_t k, int32_t weight_bits, int32_t act_bits, uint8_t* out);
+// Bytes of the scratch memory that holds m quantized rows of k values.
+FXQUANT_EXPORT int64_t fxquant_linear_scratch_bytes(int64_t m, int64_t k, int32_t weight_bits, int32_t act_bits);
+// Quantizes rows m0 <= i < m1 of x (float, row stride ldx) into the scratch memory of m rows.
+FXQUANT_EXPORT void fxquant_quantize_rows(
+    const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
+    uint8_t* scratch, int64_t m);
+// out[(i - m0) * ldo + (j - n0)] = float(sum) * (scale_x[i] * scale_w[j]) for m0 <= i < m1, n0 <= j < n1; n0 % 16 == 0.
+FXQUANT_EXPORT void fxquant_linear_tile(
+    const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+    float* out, int64_t ldo);
+// The same, but the int32 sums (zero point taken out).
+FXQUANT_EXPORT void fxquant_linear_tile_int32(
+    const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+    int32_t* out, int64_t ldo);
+// Rows and columns of one output tile: at most FXQUANT_TILE_ROWS x FXQUANT_TILE_COLUMNS, enough tiles for all threads.
+FXQUANT_EXPORT void fxquant_linear_tiles(
+    int64_t m, int64_t n, int32_t weight_bits, int32_t act_bits, int64_t threads, int64_t* rows, int64_t* columns);
+// The instruction set in force: 0 scalar, 1 avx2, 2 avx_vnni, 3 avx512_vnni. Setting never goes above the CPU's.
+FXQUANT_EXPORT int32_t fxquant_isa(void);
+FXQUANT_EXPORT int32_t fxquant_set_isa(int32_t isa);
+}

@@ -1,0 +1,106 @@
+// AVX512-VNNI: one 64-byte step of a panel is one vector; vpdpbusd is exact for every scheme.
+#include "layout.h"
+#include "rows.h"
+#include "simd.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace fxquant {
+namespace {
+
+inline __mmask16 tail_mask(int64_t left) { return static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1); }
+
+inline __m512i code16(__m512 x, __m512 s, __m512i zero, __m512i top) {
+  const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_div_ps(x, s)), zero);
+  return _mm512_min_epi32(_mm512_max_epi32(q, _mm512_setzero_si512()), top);
+}
+
+void quantize(const float* x, int64_t k, int32_t qmax, uint8_t* codes, float* scale, int32_t* zero_point) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512 low = _mm512_setzero_ps(), high = low;
+  __m512i bits = _mm512_setzero_si512();
+  for (int64_t i = 0; i < k; i += 16) {
+    const __m512 v = _mm512_maskz_loadu_ps(tail_mask(k - i), x + i);
+    low = _mm512_min_ps(low, v);
+    high = _mm512_max_ps(high, v);
+    bits = _mm512_max_epi32(bits, _mm512_and_epi32(_mm512_castps_si512(v), magnitude));
+  }
+  const int64_t padded = (k + kStep - 1) / kStep * kStep;
+  if (_mm512_reduce_max_epi32(bits) >= 0x7f800000) {
+    std::memset(codes, 0, padded);
+    *scale = std::numeric_limits<float>::quiet_NaN();
+    *zero_point = 0;
+    return;
+  }
+  const float top = static_cast<float>(qmax);
+  const float bottom = _mm512_reduce_min_ps(low);
+  const float s = std::max(_mm512_reduce_max_ps(high) / top - bottom / top, std::numeric_limits<float>::min());
+  const int32_t zero = std::clamp(static_cast<int32_t>(std::lrintf(-bottom / s)), 0, qmax);
+  const __m512 vs = _mm512_set1_ps(s);
+  const __m512i vz = _mm512_set1_epi32(zero), vt = _mm512_set1_epi32(qmax);
+  int64_t i = 0;
+  for (; i + 16 <= k; i += 16) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(code16(_mm512_loadu_ps(x + i), vs, vz, vt));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), bytes);
+  }
+  std::memset(codes + i, 0, padded - i);
+  if (i < k) {
+    alignas(16) uint8_t last[16];
+    const __m512 v = _mm512_maskz_loadu_ps(tail_mask(k - i), x + i);
+    _mm_store_si128(reinterpret_cast<__m128i*>(last), _mm512_cvtepi32_epi8(code16(v, vs, vz, vt)));
+    std::memcpy(codes + i, last, k - i);
+  }
+  *scale = s;
+  *zero_point = zero;
+}
+
+#define ZERO(r) __m512i a##r = zero;
+#define DOT(r)                                                                   \
+  {                                                                              \
+    int32_t four;                                                                \
+    std::memcpy(&four, codes + r * stride + s * 4, 4);                           \
+    a##r = _mm512_dpbusd_epi32(a##r, _mm512_set1_epi32(four), w0);               \
+  }
+#define STORE(r) _mm512_storeu_si512(sums + r * kPanel, a##r);
+#define PANEL(R)                                                                                         \
+  void panel_##R(const uint8_t* codes, int64_t stride, const uint8_t* w, int64_t steps, int32_t* sums) { \
+    const __m512i zero = _mm512_setzero_si512();                                                         \
+    FXQUANT_ROWS_##R(ZERO) for (int64_t s = 0; s < steps; s++, w += 64) {                                \
+      const __m512i w0 = _mm512_loadu_si512(w);                                                          \
+      FXQUANT_ROWS_##R(DOT)                                                                              \
+    }                                                                                                    \
+    FXQUANT_ROWS_##R(STORE)                                                                              \
+  }
+PANEL(1) PANEL(2) PANEL(3) PANEL(4) PANEL(5) PANEL(6) PANEL(7) PANEL(8) PANEL(9) PANEL(10) PANEL(11) PANEL(12)
+PANEL(13) PANEL(14)
+
+constexpr void (*kPanels[])(const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*) = {
+    panel_1, panel_2, panel_3, panel_4,  panel_5,  panel_6,  panel_7,
+    panel_8, panel_9, panel_10, panel_11, panel_12, panel_13, panel_14};
+
+void panel(const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* packed, const Layout& layout, int64_t p,
+           int32_t* sums) {
+  kPanels[rows - 1](codes, stride, packed + layout.weights + p * layout.steps * 64, layout.steps, sums);
+}
+
+void finish(const int32_t* sums, const int32_t* column_sums, const float* scale_w, const float* scale_x,
+            const int32_t* zero_points, int64_t rows, int64_t columns, float* out, int64_t ldo) {
+  const __mmask16 mask = tail_mask(columns);
+  const __m512i sum_w = _mm512_loadu_si512(column_sums);
+  const __m512 sw = _mm512_loadu_ps(scale_w);
+  for (int64_t r = 0; r < rows; r++) {
+    const __m512i shift = _mm512_mullo_epi32(_mm512_set1_epi32(zero_points[r]), sum_w);
+    const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + r * kPanel), shift);
+    const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(scale_x[r]), sw));
+    _mm512_mask_storeu_ps(out + r * ldo, mask, y);
+  }
+}
+
+}  // namespace
+
+const Kernels kAvx512Vnni = {quantize, panel, panel, finish, kMaxRows, kMaxRows, false};
+
+}  // namespace fxquant

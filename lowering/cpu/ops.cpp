@@ -1,0 +1,170 @@
+// The fxquant:: operators on torch's stable ABI. Schemas are defined in Python (fxquant/ops.py).
+#include "layout.h"
+#include "linear.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using namespace fxquant;
+
+namespace {
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+void check_scheme(int64_t weight_bits, int64_t act_bits) {
+  const bool known = (weight_bits == 8 && (act_bits == 8 || act_bits == 7)) || (weight_bits == 7 && act_bits == 7);
+  STD_TORCH_CHECK(known, "fxquant: no kernel for w", weight_bits, "a", act_bits, "; use w8a8, w8a7 or w7a7");
+}
+
+// The input as [m, k] with the packed weight checked against it.
+struct Problem {
+  Tensor x;
+  int64_t m, n, k;
+  int32_t weight_bits, act_bits;
+  const uint8_t* packed;
+
+  Problem(const Tensor& input, const Tensor& weight, int64_t out_features, int64_t w_bits, int64_t a_bits)
+      : x(as_contiguous(input)), n(out_features), k(0), weight_bits(w_bits), act_bits(a_bits) {
+    check_scheme(w_bits, a_bits);
+    STD_TORCH_CHECK(input.scalar_type() == ScalarType::Float, "fxquant::linear_dynamic: the input must be float32");
+    STD_TORCH_CHECK(input.dim() >= 1, "fxquant::linear_dynamic: the input must have at least one dimension");
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() && weight.dim() == 1,
+                    "fxquant::linear_dynamic: the packed weight must be a contiguous vector of uint8");
+    k = input.size(input.dim() - 1);
+    packed = data<uint8_t>(weight);
+    Header header{};
+    STD_TORCH_CHECK(weight.numel() >= 64, "fxquant::linear_dynamic: the packed weight is truncated");
+    std::memcpy(&header, packed, sizeof header);
+    STD_TORCH_CHECK(header.magic == kMagic && header.version == kVersion,
+                    "fxquant::linear_dynamic: this is no packed weight of this version");
+    STD_TORCH_CHECK(header.n == n && header.k == k && header.weight_bits == weight_bits && header.act_bits == act_bits,
+                    "fxquant::linear_dynamic: the weight was packed as w", header.weight_bits, "a", header.act_bits, " ",
+                    header.n, " x ", header.k, ", the call asks for w", weight_bits, "a", act_bits, " ", n, " x ", k);
+    STD_TORCH_CHECK(weight.numel() == Layout(header).bytes, "fxquant::linear_dynamic: the packed weight is truncated");
+    m = k == 0 ? 0 : x.numel() / k;
+  }
+
+  std::vector<int64_t> out_sizes() const {
+    std::vector<int64_t> sizes;
+    for (int64_t d = 0; d + 1 < x.dim(); d++) sizes.push_back(x.size(d));
+    sizes.push_back(n);
+    return sizes;
+  }
+
+  std::unique_ptr<uint8_t[]> quantize() const {
+    std::unique_ptr<uint8_t[]> scratch(new uint8_t[fxquant_linear_scratch_bytes(m, k, weight_bits, act_bits)]);
+    const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(k, 1));
+    torch::stable::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) {
+      fxquant_quantize_rows(data<float>(x), k, begin, end, k, weight_bits, act_bits, scratch.get(), m);
+    });
+    return scratch;
+  }
+
+  // use(m0, m1, n0, n1) for every tile, in parallel.
+  template <typename Use>
+  void tiles(Use use) const {
+    int64_t rows = 0, columns = 0;
+    fxquant_linear_tiles(m, n, weight_bits, act_bits, torch::stable::get_num_threads(), &rows, &columns);
+    const int64_t across = (n + columns - 1) / columns, down = (m + rows - 1) / rows;
+    torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) {
+        const int64_t m0 = t / across * rows, n0 = t % across * columns;
+        use(m0, std::min(m0 + rows, m), n0, std::min(n0 + columns, n));
+      }
+    });
+  }
+};
+
+Tensor linear_dynamic(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, int64_t out_features,
+                      int64_t weight_bits, int64_t act_bits) {
+  const Problem problem(x, packed, out_features, weight_bits, act_bits);
+  std::optional<Tensor> added;
+  if (bias) {
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && bias->size(0) == out_features,
+                    "fxquant::linear_dynamic: the bias must be float32 of ", out_features, " values");
+    added = as_contiguous(*bias);
+  }
+  const float* b = added ? data<float>(*added) : nullptr;
+  Tensor out = torch::stable::new_empty(problem.x, problem.out_sizes());
+  if (problem.m == 0) return out;
+  const auto scratch = problem.quantize();
+  float* y = data<float>(out);
+  const int64_t n = problem.n;
+  problem.tiles([&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+    fxquant_linear_tile(scratch.get(), problem.m, problem.packed, m0, m1, n0, n1, y + m0 * n + n0, n);
+    if (b == nullptr) return;
+    for (int64_t i = m0; i < m1; i++)
+      for (int64_t j = n0; j < n1; j++) y[i * n + j] = y[i * n + j] + b[j];
+  });
+  return out;
+}
+
+// Codes, scales, zero points and int32 sums as some instruction set computes them; for tests.
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_dynamic_int32(
+    const Tensor& x, const Tensor& packed, int64_t out_features, int64_t weight_bits, int64_t act_bits, int64_t isa) {
+  const int32_t before = fxquant_isa();
+  if (isa >= 0) {
+    const int32_t chosen = fxquant_set_isa(static_cast<int32_t>(isa));
+    if (chosen != isa) fxquant_set_isa(before);
+    STD_TORCH_CHECK(chosen == isa, "fxquant: this CPU does not run instruction set ", isa);
+  }
+  const Problem problem(x, packed, out_features, weight_bits, act_bits);
+  const int64_t m = problem.m, n = problem.n, k = problem.k;
+  Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Byte);
+  Tensor scale = torch::stable::new_empty(x, {m});
+  Tensor zero = torch::stable::new_empty(x, {m}, ScalarType::Int);
+  Tensor sums = torch::stable::new_empty(x, {m, n}, ScalarType::Int);
+  const auto scratch = problem.quantize();
+  const int64_t row_bytes = m ? (fxquant_linear_scratch_bytes(m, k, problem.weight_bits, problem.act_bits) - 2 * align64(m * 4)) / m : 0;
+  const bool wide = row_bytes > align64((k + kStep - 1) / kStep * kStep);
+  const uint8_t* rows = scratch.get() + 2 * align64(m * 4);
+  std::memcpy(data<float>(scale), scratch.get(), m * 4);
+  std::memcpy(data<int32_t>(zero), scratch.get() + align64(m * 4), m * 4);
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < k; j++)
+      data<uint8_t>(codes)[i * k + j] = rows[i * row_bytes + j * (wide ? 2 : 1)];
+  problem.tiles([&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+    fxquant_linear_tile_int32(scratch.get(), m, problem.packed, m0, m1, n0, n1, data<int32_t>(sums) + m0 * n + n0, n);
+  });
+  fxquant_set_isa(before);
+  return {codes, scale, zero, sums};
+}
+
+Tensor pack_linear(const Tensor& codes, const Tensor& scales, int64_t weight_bits, int64_t act_bits) {
+  check_scheme(weight_bits, act_bits);
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.dim() == 2, "fxquant::pack_linear: codes must be int8 [n, k]");
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.dim() == 1 && scales.size(0) == codes.size(0),
+                  "fxquant::pack_linear: scales must be float32, one a row of codes");
+  const Tensor rows = as_contiguous(codes), factors = as_contiguous(scales);
+  const int64_t n = codes.size(0), k = codes.size(1);
+  Tensor out = torch::stable::new_empty(codes, {fxquant_linear_packed_bytes(n, k, weight_bits, act_bits)}, ScalarType::Byte);
+  const int32_t status = fxquant_linear_pack(data<int8_t>(rows), data<float>(factors), n, k, weight_bits, act_bits, data<uint8_t>(out));
+  STD_TORCH_CHECK(status != 1, "fxquant::pack_linear: a code lies outside the range of ", weight_bits, " bits");
+  STD_TORCH_CHECK(status == 0, "fxquant::pack_linear: no safe accumulation schedule exists");
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fxquant, CPU, m) {
+  m.impl("linear_dynamic", TORCH_BOX(&linear_dynamic));
+  m.impl("linear_dynamic_int32", TORCH_BOX(&linear_dynamic_int32));
+  m.impl("pack_linear", TORCH_BOX(&pack_linear));
+}

@@ -1,0 +1,32 @@
+"""What Inductor's and AOTAutograd's caches must also know: the digest of our sources and the instruction set.
+
+Without it a changed kernel, rule or lowering would not be noticed and code of another build would be reused.
+"""
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from fxquant._compat import make_salt_pass, user_post_grad_passes
+
+
+def cache_salt(isa: str, user_patches: dict[str, Any]) -> dict[str, Any]:
+    """The Inductor config patches of one compilation: the user's own, with our salt added to the cache keys."""
+    passes = user_post_grad_passes(user_patches)
+    return {**user_patches, "post_grad_custom_pre_pass": [*passes, make_salt_pass(f"{source_digest()}-{isa}")]}
+
+
+@functools.cache
+def source_digest() -> str:
+    """SHA-256 over every Python and C++ source of fxquant, by name and content."""
+    import fxquant
+    import fxquant.lowering
+    import fxquant.passes
+
+    digest = hashlib.sha256()
+    for package in (fxquant, fxquant.lowering, fxquant.passes):
+        root = Path(str(package.__file__)).resolve().parent
+        for path in sorted(p for suffix in ("*.py", "*.h", "*.cpp") for p in root.rglob(suffix)):
+            digest.update(f"{root.name}/{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()

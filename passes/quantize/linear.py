@@ -1,0 +1,71 @@
+"""linear(x, W, b)  →  linear(fake_quant(x), fake_quant(W), b)
+
+Activations are coded per token with scales found at run time, weights per output channel. What this leaves is a float
+graph that anyone can run: the specification of the integer kernel.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from fxquant._compat import FakeTensorMode
+from fxquant.reference import MAX_K
+from fxquant.schemes import Scheme
+
+aten = torch.ops.aten
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def conditions(x: fx.Node, weight: fx.Node) -> Iterator[tuple[str, bool]]:
+    """(sentence, whether it holds) for a linear's operands; the first false one is what the report says."""
+    x_val, w_val = x.meta["val"], weight.meta["val"]
+    yield (
+        "the weight must be a Parameter or be computed from Parameters alone",
+        bool(weight.meta.get("fxquant_frozen", False)),
+    )
+    yield "the weight must be a matrix", w_val.dim() == 2
+    yield "input and weight must be float32, bfloat16 or float16", x_val.dtype in FLOATS and w_val.dtype in FLOATS
+    yield "only CPU has integer kernels yet", x_val.device.type == "cpu"
+    yield "the weight must have rows and columns", all(isinstance(s, int) and s > 0 for s in w_val.shape)
+    yield "the batch must not be empty", not any(isinstance(s, int) and s == 0 for s in x_val.shape)
+    yield f"at most {MAX_K} input features keep the int32 sums exact", int(w_val.shape[1]) <= MAX_K
+
+
+def quantize_linear(node: fx.Node, scheme: Scheme, fake_mode: FakeTensorMode) -> fx.Node:
+    """Insert the fake-quant nodes; returns the linear that now works on float32 fake-quantized operands.
+
+    A site in half precision is computed in float32 and cast back, as the kernel does.
+    """
+    x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
+    out_dtype = node.meta["val"].dtype
+    fxq = torch.ops.fxquant
+    with node.graph.inserting_before(node):
+        operands = [_cast(x, torch.float32, fake_mode), _cast(weight, torch.float32, fake_mode)]
+        operands[0] = _call(fxq.fake_quant_per_token.default, (operands[0], scheme.act_bits), node, fake_mode)
+        operands[1] = _call(fxq.fake_quant_per_channel.default, (operands[1], scheme.weight_bits), node, fake_mode)
+        bias = _cast(bias, torch.float32, fake_mode) if isinstance(bias, fx.Node) else None
+        linear = _call(aten.linear.default, (operands[0], operands[1], bias), node, fake_mode)
+        result = _cast(linear, out_dtype, fake_mode)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    return linear
+
+
+def _cast(node: fx.Node, dtype: torch.dtype, fake_mode: FakeTensorMode) -> fx.Node:
+    if node.meta["val"].dtype == dtype:
+        return node
+    cast = _call(aten.to.dtype, (node, dtype), node, fake_mode)
+    cast.meta["fxquant_frozen"] = node.meta.get("fxquant_frozen", False)
+    return cast
+
+
+def _call(target: torch._ops.OpOverload, args: tuple[object, ...], like: fx.Node, fake_mode: FakeTensorMode) -> fx.Node:
+    made = like.graph.call_function(target, args)  # type: ignore[arg-type]
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    with fake_mode, torch.no_grad(), torch.autocast("cpu", enabled=False):
+        value = target(*values)
+    made.meta = {**like.meta, "val": value}
+    return made
