@@ -5,12 +5,13 @@ inside functions: importing Inductor costs a second that ``import fxquant`` must
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
-from torch._guards import CompileContext, TracingContext
+from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.traceback import preserve_node_meta
@@ -19,7 +20,6 @@ from fxquant.errors import UnsupportedTorchError
 
 __all__ = [
     "DYNAMO_CONTROL_FLOW",
-    "CompileContext",
     "FakeTensor",
     "FakeTensorMode",
     "Inductor",
@@ -33,6 +33,7 @@ __all__ = [
     "is_higher_order",
     "make_fx",
     "make_salt_pass",
+    "maybe_fake_mode",
     "preserve_node_meta",
     "track_tensor_tree",
     "user_post_grad_passes",
@@ -42,6 +43,11 @@ SUPPORTED_TORCH = ("2.13",)
 
 # Exceptions by which Dynamo steers itself; they must pass through a backend untouched.
 DYNAMO_CONTROL_FLOW = (RestartAnalysis, SkipFrame)
+
+
+def maybe_fake_mode(values: Sequence[Any]) -> AbstractContextManager[Any]:
+    """The fake mode of some fake tensors as a context, or one that does nothing for real tensors."""
+    return detect_fake_mode(list(values)) or nullcontext()
 
 
 def compile_fx(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:

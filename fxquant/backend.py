@@ -38,9 +38,7 @@ log = logging.getLogger("fxquant.passes")
 Runner = Callable[..., Any]
 
 
-def fxquant(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: object = None, mode: str | None = None
-) -> Runner:
+def fxquant(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: object = None, mode: str | None = None) -> Runner:
     """The Dynamo backend: a callable that computes what ``gm`` computes, quantized where the plan says so.
 
     Raises:

@@ -104,9 +104,7 @@ class Binder:
         with self._lock:
             watched = self._watch(args)
             stamp = _stamp(watched)
-            packed = {
-                s.site: (ready or {}).get(s.site) or s.pack(s.weight(args), s.scheme) for s in self._program.slots
-            }
+            packed = {s.site: (ready or {}).get(s.site) or s.pack(s.weight(args), s.scheme) for s in self._program.slots}
             program = self._program_for({site: p.reason for site, p in packed.items() if p.reason is not None})
             blobs = tuple(packed[slot.site].blob for slot in program.slots)
             key = tuple(map(id, watched))

@@ -108,9 +108,7 @@ def _template_class(inductor: Inductor) -> Any:
                     aliases.add(out.get_name())
                 epilogues.extend(epilogue_nodes)
                 y = epilogue_nodes[-1]
-                y_2d, reindexers = inductor.gen_2d_view(
-                    y, out, epilogue_nodes, reindexers, [None] * len(epilogue_nodes)
-                )
+                y_2d, reindexers = inductor.gen_2d_view(y, out, epilogue_nodes, reindexers, [None] * len(epilogue_nodes))
             n, k = int(out.get_size()[1]), int(x.get_size()[1])
             named = {"X": x, "W": packed} | ({"B": bias} if bias is not None else {})
             with patch.object(inductor.graph(), "get_dtype", self._fake_get_dtype(gemm_out)):

@@ -1,0 +1,1 @@
+"""Reports, dumps and logs."""

@@ -1,0 +1,1 @@
+"""From the specification graph to fxquant:: operators."""

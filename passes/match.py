@@ -1,0 +1,343 @@
+"""Finds and applies rules in a graph in normal form: a structural matcher on public torch.fx only.
+
+A pattern is a plain Python function in torch's vocabulary. It is traced once, symbolically, and compared by operator name;
+arguments are lined up by the graph operator's schema. Parameters bind tensors, numbers or strings. ``add`` and ``mul`` match
+in both orders, dimensions count from either end, and operators that change nothing (dropout in eval mode, casts to the
+same dtype, ``contiguous``) are looked through. Numbers must agree to 1e-8, relatively. Symbolic sizes are never compared,
+so matching adds no guard.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant._compat import make_fx, maybe_fake_mode
+from fxquant.errors import RuleError
+from fxquant.passes.rule import Event, Fired, Refused, Rule
+
+READ_ELSEWHERE = "an intermediate value is read elsewhere"
+WRITTEN = "an in-place operator runs between the matched operators"
+NUMBER_TOLERANCE = 1e-8
+
+_OPERATORS = {operator.truediv: "div", operator.getitem: "getitem", operator.matmul: "matmul", operator.pow: "pow"}
+_COMMUTATIVE = ("add", "mul")
+_IGNORED_ARGUMENTS = ("cudnn_enable", "alpha_is_one")
+_SYNONYMS = {"mm": "matmul", "bmm": "matmul", "_to_copy": "to", "special_erf": "erf", "_softmax": "softmax"}
+
+
+@dataclass(frozen=True)
+class Match:
+    """Operands by name (attribute access gives fake tensors or Python values) and the matched nodes, root first."""
+
+    rule: Rule
+    spelling: int
+    root: fx.Node
+    operands: dict[str, Any]
+    nodes: tuple[fx.Node, ...] = field(default=())
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self.operands:
+            raise RuleError(f"rule {self.rule.name}: the pattern has no operand {name!r}")
+        value = self.operands[name]
+        return value.meta.get("val") if isinstance(value, fx.Node) else value
+
+    def node(self, name: str) -> fx.Node | None:
+        """The graph node that an operand is bound to, or None for a number or a missing operand."""
+        value = self.operands.get(name)
+        return value if isinstance(value, fx.Node) else None
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether an operand is a weight: computed from Parameters and constants alone."""
+        node = self.node(name)
+        return node is not None and bool(node.meta.get("fxquant_frozen", False))
+
+
+def apply(rules: tuple[Rule, ...], gm: fx.GraphModule) -> list[Event]:
+    """Fire every rule wherever it matches, in graph order; each node is looked at by the rules in their order."""
+    events: list[Event] = []
+    index = _rules_by_root(rules)
+    gone: set[fx.Node] = set()
+    for node in list(gm.graph.nodes):
+        for rule, spelling in index.get(_op_name(node), ()):
+            match = match_at(rule, spelling, node) if node not in gone else None
+            if match is None:
+                continue
+            event = _try(match, gone)
+            events.append(event)
+            if isinstance(event, Fired) or rule.rewrite is None:
+                break
+    gm.graph.lint()
+    gm.recompile()
+    return _without_repeats(events)
+
+
+def _try(match: Match, gone: set[fx.Node]) -> Event:
+    sentence = refusal(match)
+    if sentence is None and match.rule.rewrite is not None:
+        gone.update(fire(match))
+        return Fired(match.rule, match.root.name)
+    return Refused(match.rule, match.root.name, sentence or "it is only named")
+
+
+def refusal(match: Match) -> str | None:
+    """Why a match must not be rewritten, or None."""
+    for sentence, holds in match.rule.precondition(match):
+        if not holds:
+            return sentence
+    inside = set(match.nodes)
+    if any(user not in inside for node in match.nodes[1:] for user in node.users):
+        return READ_ELSEWHERE
+    return WRITTEN if _is_written_between(match) else None
+
+
+def fire(match: Match) -> list[fx.Node]:
+    """Replace the match by its rewrite; returns the nodes that are gone."""
+    tensors = {name: value for name, value in match.operands.items() if isinstance(value, fx.Node)}
+    body = _rewritten(match, tensors)
+    copies = dict(zip(body.graph.find_nodes(op="placeholder"), tensors.values(), strict=True))
+    root = match.root
+    with root.graph.inserting_before(root):
+        for old in body.graph.nodes:
+            if old.op in ("placeholder", "output"):
+                continue
+            new = root.graph.node_copy(old, lambda n: copies[n])
+            new.meta = {**root.meta, "val": old.meta["val"]}
+            new.meta["fxquant_frozen"] = all(n.meta.get("fxquant_frozen", False) for n in new.all_input_nodes)
+            new.meta["fxquant"] = {"rule": match.rule.name, "replaced": [n.name for n in match.nodes]}
+            copies[old] = new
+    (result,) = body.graph.find_nodes(op="output")[0].all_input_nodes
+    root.replace_all_uses_with(copies[result])
+    erased = []
+    for node in match.nodes:  # from the root backwards
+        if not node.users:
+            root.graph.erase_node(node)
+            erased.append(node)
+    return erased
+
+
+def _rewritten(match: Match, tensors: dict[str, fx.Node]) -> fx.GraphModule:
+    """The rewrite as a graph over the tensor operands; traced with their fake values."""
+    fixed = {name: value for name, value in match.operands.items() if name not in tensors}
+    rewrite = match.rule.rewrite
+    assert rewrite is not None
+
+    def call(*values: Tensor) -> Any:
+        return rewrite(**fixed, **dict(zip(tensors, values, strict=True)))
+
+    values = [node.meta["val"] for node in tensors.values()]
+    with maybe_fake_mode(values):
+        traced: fx.GraphModule = make_fx(call, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+    return traced
+
+
+def match_at(rule: Rule, spelling: int, node: fx.Node) -> Match | None:
+    """The match of one spelling of a rule with its root at a node, or None."""
+    pattern = _trace(rule.all_spellings[spelling])
+    state = _State({}, {})
+    if not _unify(pattern.root, node, state):
+        return None
+    operands = {name: state.operands.get(name) for name in pattern.parameters}
+    nodes = tuple(sorted(set(state.nodes.values()), reverse=True))
+    return Match(rule, spelling, node, {**dict.fromkeys(_parameters(rule)), **operands}, nodes)
+
+
+@dataclass
+class _State:
+    operands: dict[str, Any]
+    nodes: dict[fx.Node, fx.Node]  # pattern node → graph node
+
+    def copy(self) -> "_State":
+        return _State(dict(self.operands), dict(self.nodes))
+
+    def take(self, other: "_State") -> None:
+        self.operands, self.nodes = other.operands, other.nodes
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    root: fx.Node
+    parameters: tuple[str, ...]
+
+
+@functools.cache
+def _trace(spelling: Callable[..., Any]) -> _Pattern:
+    graph = fx.Tracer().trace(spelling)  # type: ignore[arg-type]
+    parameters = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
+    root = graph.find_nodes(op="output")[0].args[0]
+    if not isinstance(root, fx.Node):
+        raise RuleError(f"{spelling.__module__}: the pattern {spelling.__name__} returns no tensor")
+    return _Pattern(root, parameters)
+
+
+@functools.cache
+def _parameters(rule: Rule) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for s in rule.all_spellings for name in _trace(s).parameters))
+
+
+@functools.cache
+def _rules_by_root(rules: tuple[Rule, ...]) -> dict[str, tuple[tuple[Rule, int], ...]]:
+    index: dict[str, list[tuple[Rule, int]]] = {}
+    for rule in rules:
+        for spelling, function in enumerate(rule.all_spellings):
+            index.setdefault(_op_name(_trace(function).root), []).append((rule, spelling))
+    return {name: tuple(found) for name, found in index.items()}
+
+
+def _op_name(node: fx.Node) -> str:
+    """The operator's bare name, the same for a pattern's torch function and the graph's ATen overload."""
+    target = node.target
+    if node.op == "call_method":
+        name = {"float": "to"}.get(str(target), str(target))
+    elif isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.partition("::")[2]
+    elif node.op == "call_function":
+        name = _OPERATORS.get(target) or getattr(target, "__name__", "?")
+    else:
+        return node.op
+    return _SYNONYMS.get(name, name)
+
+
+def _unify(pattern: Any, value: Any, state: _State) -> bool:
+    if isinstance(pattern, fx.Node):
+        if pattern.op == "placeholder":
+            return _bind(str(pattern.target), value, state)
+        return isinstance(value, fx.Node) and _unify_node(pattern, look_through(value), state)
+    if isinstance(pattern, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or len(pattern) != len(value):
+            return False
+        return all(_unify(p, v, state) for p, v in zip(pattern, value, strict=True))
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    return _same_constant(pattern, value)
+
+
+def _bind(name: str, value: Any, state: _State) -> bool:
+    if name not in state.operands:
+        state.operands[name] = value
+        return True
+    known = state.operands[name]
+    if isinstance(known, fx.Node) and isinstance(value, fx.Node):
+        return look_through(known) is look_through(value)
+    return not isinstance(known, fx.Node) and not isinstance(value, fx.Node) and _same_constant(known, value)
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    if isinstance(a, bool) or isinstance(b, bool) or not isinstance(a, (int, float)):
+        return type(a) is type(b) and bool(a == b)
+    return isinstance(b, (int, float)) and math.isclose(a, b, rel_tol=NUMBER_TOLERANCE, abs_tol=0.0)
+
+
+def _unify_node(pattern: fx.Node, node: fx.Node, state: _State) -> bool:
+    if pattern in state.nodes:
+        return state.nodes[pattern] is node
+    name = _op_name(pattern)
+    if node.op != "call_function" or name != _op_name(node):
+        return False
+    pairs = _line_up(pattern, node)
+    if pairs is None:
+        return False
+    orders = [pairs]
+    if name in _COMMUTATIVE:
+        (p0, v0), (p1, v1), *rest = pairs
+        orders.append([(p0, v1), (p1, v0), *rest])
+    for order in orders:
+        trial = state.copy()
+        trial.nodes[pattern] = node
+        if all(_unify(p, v, trial) for p, v in order):
+            state.take(trial)
+            return True
+    return False
+
+
+def _line_up(pattern: fx.Node, node: fx.Node) -> list[tuple[Any, Any]] | None:
+    """Pairs of pattern and graph arguments by the graph operator's schema; None where they cannot correspond."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return list(zip(pattern.args, node.args, strict=False)) if len(pattern.args) == len(node.args) else None
+    wanted, given = list(pattern.args), list(node.args)
+    arguments = node.target._schema.arguments
+    if pattern.op == "call_method" and pattern.target == "float":
+        wanted.append(torch.float32)
+    if _op_name(node) == "einsum" and len(wanted) > 2:  # torch.einsum hands its operands over one by one
+        wanted = [wanted[0], wanted[1:]]
+    if len(wanted) > len(arguments) or any(key not in {a.name for a in arguments} for key in pattern.kwargs):
+        return None
+    pairs = []
+    for i, argument in enumerate(arguments):
+        default = argument.default_value if argument.has_default_value() else None
+        left = wanted[i] if i < len(wanted) else pattern.kwargs.get(argument.name, default)
+        right = given[i] if i < len(given) else node.kwargs.get(argument.name, default)
+        if argument.name in _IGNORED_ARGUMENTS:
+            continue
+        if argument.name.startswith("dim"):
+            left, right = _from_front(left, node), _from_front(right, node)
+        pairs.append((left, right))
+    return pairs
+
+
+def _from_front(dim: Any, node: fx.Node) -> Any:
+    if isinstance(dim, (list, tuple)):
+        return [_from_front(d, node) for d in dim]
+    source = node.args[0]
+    value = source.meta.get("val") if isinstance(source, fx.Node) else None
+    is_plain = isinstance(dim, int) and not isinstance(dim, bool) and dim < 0
+    return dim + value.dim() if is_plain and isinstance(value, Tensor) else dim
+
+
+def look_through(node: fx.Node) -> fx.Node:
+    """The value behind operators that change nothing."""
+    while (source := _unchanged(node)) is not None:
+        node = source
+    return node
+
+
+def _unchanged(node: fx.Node) -> fx.Node | None:
+    name = _op_name(node) if node.op == "call_function" else ""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if name == "dropout" and len(node.args) == 3 and (node.args[1] == 0 or node.args[2] is False):
+        return source
+    if name in ("alias", "detach", "contiguous", "lift_fresh_copy"):
+        return source
+    if name in ("to", "type_as"):
+        before, after = source.meta.get("val"), node.meta.get("val")
+        same = isinstance(before, Tensor) and isinstance(after, Tensor)
+        return source if same and before.dtype == after.dtype and before.device == after.device else None
+    return None
+
+
+def _is_written_between(match: Match) -> bool:
+    first = min(match.nodes)
+    node = first.next
+    while node is not match.root:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return True
+        node = node.next
+    return False
+
+
+def _without_repeats(events: list[Event]) -> list[Event]:
+    """One event a rule and node: a refusal is dropped where another spelling of the same rule fired."""
+    fired = {(event.rule.name, event.node_name) for event in events if isinstance(event, Fired)}
+    kept: dict[tuple[str, str], Event] = {}
+    for event in events:
+        key = (event.rule.name, event.node_name)
+        if isinstance(event, Fired) or (key not in fired and key not in kept):
+            kept[key] = event
+    return list(kept.values())
+
+
+def find(rule: Rule, gm: fx.GraphModule) -> Iterator[Match]:
+    """Every match of a rule, without rewriting anything."""
+    for node in gm.graph.nodes:
+        for spelling in range(len(rule.all_spellings)):
+            if node.op == "call_function" and (match := match_at(rule, spelling, node)) is not None:
+                yield match

@@ -1,0 +1,1 @@
+"""Insert fake-quant where the plan says."""

@@ -1,0 +1,39 @@
+"""Recognise: many spellings become one operator. The order of the rules is the order of this list."""
+
+from torch import fx
+
+from fxquant.passes.match import apply
+from fxquant.passes.recognise import (
+    attention,
+    boolean_attention,
+    einsum_linear,
+    gelu,
+    layer_norm,
+    linear,
+    quick_gelu,
+    rms_norm,
+    sigmoid_attention,
+    silu,
+    softmax,
+)
+from fxquant.passes.rule import Event, Rule
+
+RULES: tuple[Rule, ...] = (
+    gelu.ERF,
+    gelu.TANH,
+    quick_gelu.RULE,
+    silu.RULE,
+    layer_norm.RULE,
+    rms_norm.RULE,
+    softmax.RULE,
+    *attention.RULES,
+    boolean_attention.RULE,
+    sigmoid_attention.RULE,
+    linear.RULE,
+    einsum_linear.RULE,
+)
+
+
+def recognise(gm: fx.GraphModule) -> list[Event]:
+    """Apply every recognition rule to a graph in normal form; returns what fired and what was refused."""
+    return apply(RULES, gm)
