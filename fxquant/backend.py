@@ -8,7 +8,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ def dry_run(gm: fx.GraphModule, example_inputs: Sequence[Any], config: FxQuantCo
     """The record of what would happen to a graph; nothing is packed, lowered or kept."""
     check_torch(config.try_unsupported_torch)
     graph = CompiledGraph(gm, example_inputs, config, current_isa())
+    graph.record = replace(graph.record, codegen="none")
     try:
         captured = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
         plan(captured, example_inputs, graph, dry_run=True)

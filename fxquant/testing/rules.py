@@ -159,7 +159,9 @@ def _assert_near_misses(rule: Rule) -> None:
         operands = _near_miss(rule, override)
         gm = _graph_with(rule, operands)
         events = [e for e in apply((rule,), gm) if isinstance(e, Refused)]
-        assert {e.sentence for e in events} == {sentence}, f"{rule.name}: {sentence!r}: refused for {[e.sentence for e in events]}"
+        assert {e.sentence for e in events} == {sentence}, (
+            f"{rule.name}: {sentence!r}: refused for {[e.sentence for e in events]}"
+        )
 
 
 def _sentences(rule: Rule) -> set[str]:

@@ -6,6 +6,7 @@ from fxquant.passes.match import apply
 from fxquant.passes.recognise import (
     attention,
     boolean_attention,
+    einsum_attention,
     einsum_linear,
     gelu,
     layer_norm,
@@ -27,6 +28,7 @@ RULES: tuple[Rule, ...] = (
     rms_norm.RULE,
     softmax.RULE,
     *attention.RULES,
+    einsum_attention.RULE,
     boolean_attention.RULE,
     sigmoid_attention.RULE,
     linear.RULE,
