@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.traceback import preserve_node_meta
 
@@ -20,6 +21,8 @@ from fxquant.errors import UnsupportedTorchError
 
 __all__ = [
     "DYNAMO_CONTROL_FLOW",
+    "ENTER_AUTOCAST",
+    "EXIT_AUTOCAST",
     "FakeTensor",
     "FakeTensorMode",
     "Inductor",
@@ -40,6 +43,9 @@ __all__ = [
 ]
 
 SUPPORTED_TORCH = ("2.13",)
+
+# The calls that Dynamo writes around an autocast region.
+ENTER_AUTOCAST, EXIT_AUTOCAST = _enter_autocast, _exit_autocast
 
 # Exceptions by which Dynamo steers itself; they must pass through a backend untouched.
 DYNAMO_CONTROL_FLOW = (RestartAnalysis, SkipFrame)

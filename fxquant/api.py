@@ -55,7 +55,9 @@ def report(compiled: Callable[..., Any]) -> "Report":
     from fxquant.tracker import tracker
 
     names = _parameter_names(compiled)
-    code = getattr(getattr(compiled, "_torchdynamo_orig_callable", compiled), "__code__", None)
+    # Modules are known by their Parameters; many models share the code of one wrapper function.
+    function = None if isinstance(compiled, torch.nn.Module) else compiled
+    code = getattr(getattr(function, "_torchdynamo_orig_callable", function), "__code__", None)
     place = (code.co_filename, code.co_firstlineno) if code is not None else None
     records = [
         record

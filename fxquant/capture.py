@@ -14,6 +14,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fxquant._compat import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
     FakeTensor,
     FakeTensorMode,
     TracingContext,
@@ -61,7 +63,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
             _allow_non_fake_inputs=True,
         )(*fakes)
     _copy_dynamo_metadata(gm, normal)
-    normal.graph.eliminate_dead_code(lambda node: node.is_impure() or is_functorch(node))
+    remove_dead_code(normal.graph)
     mark_frozen(normal, example_inputs)
     normal.recompile()
     return Captured(normal, fake_mode)
@@ -70,6 +72,11 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
 def is_functorch(node: fx.Node) -> bool:
     """Whether a node is one of functorch's own bookkeeping calls, which must never be removed or reordered."""
     return node.op == "call_function" and "functorch" in (getattr(node.target, "__module__", None) or "")
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Remove what nobody reads, but never functorch's bookkeeping: nobody reads it, and everything depends on it."""
+    graph.eliminate_dead_code(lambda node: node.is_impure() or is_functorch(node))
 
 
 def mark_frozen(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
@@ -181,6 +188,7 @@ class _Normalise(fx.Interpreter):
         self.fake_mode = fake_mode
         self.extra_traceback = False
         self.vmap_depth = 0
+        self.autocasts: dict[fx.Node, torch.autocast] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if is_functorch(n):
@@ -189,7 +197,19 @@ class _Normalise(fx.Interpreter):
             return self._copy(n, track=False)
         if n.op == "call_function" and is_higher_order(n.target):
             return self._copy(n, track=True)
-        return super().run_node(n)
+        result = super().run_node(n)
+        self._follow_autocast(n)
+        return result
+
+    def _follow_autocast(self, node: fx.Node) -> None:
+        """Tracing records the calls around an autocast region; entering it for real gives the values in it their dtypes."""
+        if node.target is ENTER_AUTOCAST:
+            device, dtype, enabled, _ = node.args
+            self.autocasts[node] = torch.autocast(device, dtype, enabled, cache_enabled=False)  # type: ignore[arg-type]
+            self.autocasts[node].__enter__()
+        elif node.target is EXIT_AUTOCAST:
+            (entered,) = node.all_input_nodes
+            self.autocasts.pop(entered).__exit__(None, None, None)
 
     def _run_functorch(self, node: fx.Node) -> Any:
         name = getattr(node.target, "__name__", str(node.target))

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxquant._compat import FakeTensorMode
 from fxquant.binding import Slot
+from fxquant.capture import remove_dead_code
 
 aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ def fuse_linears(
         if slot not in made:
             made[slot] = _add_input(gm.graph, inputs[0], f"packed_{len(made)}", blobs[slot.site], fake_mode)
         _replace(node, made[slot], slot, fake_mode)
-    gm.graph.eliminate_dead_code()
+    remove_dead_code(gm.graph)
     kept = []
     for position, placeholder in enumerate(inputs):
         is_source = any(position in slot.weight.sources for slot in made)
