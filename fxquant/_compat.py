@@ -7,7 +7,7 @@ inside functions: importing Inductor costs a second that ``import fxquant`` must
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.traceback import preserve_node_meta
+from torch.utils._pytree import tree_map
 
 from fxquant.errors import UnsupportedTorchError
 
@@ -39,6 +40,7 @@ __all__ = [
     "maybe_fake_mode",
     "preserve_node_meta",
     "track_tensor_tree",
+    "tree_map",
     "user_post_grad_passes",
 ]
 
@@ -60,8 +62,8 @@ def compile_fx(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[st
     """Inductor's compile of a Dynamo graph under config patches of this one compilation."""
     from torch._inductor.compile_fx import compile_fx as inductor
 
-    compiled: Callable[..., Any] = inductor(gm, list(inputs), config_patches=patches)
-    return compiled
+    compiled: Any = inductor(gm, list(inputs), config_patches=patches)
+    return cast(Callable[..., Any], compiled)
 
 
 def check_torch(go_on: bool) -> None:

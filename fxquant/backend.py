@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-import fxquant.ops
+from fxquant import ops
 from fxquant._compat import DYNAMO_CONTROL_FLOW, check_torch, compile_fx
 from fxquant.binding import Binder, Packed, Program, Slot
 from fxquant.capture import Captured, capture
@@ -36,6 +36,7 @@ from fxquant.tracker import CompiledGraph, tracker
 
 log = logging.getLogger("fxquant.passes")
 Runner = Callable[..., Any]
+OPERATORS = ops.LIBRARY  # importing ops defines the fxquant:: operators
 
 
 def fxquant(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: object = None, mode: str | None = None) -> Runner:

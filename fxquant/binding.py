@@ -8,7 +8,7 @@ tensors) need ``fxquant.refresh``.
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -99,7 +99,7 @@ class Binder:
             entry = self.bind(args)
         return entry.program.run(*entry.packed, *entry.keep(args))
 
-    def bind(self, args: Sequence[Any], ready: dict[str, Packed] | None = None) -> _Entry:
+    def bind(self, args: Sequence[Any], ready: Mapping[str, Packed] | None = None) -> _Entry:
         """Pack what the arguments hold (``ready`` has results that are known already) and remember it."""
         with self._lock:
             watched = self._watch(args)

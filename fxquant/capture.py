@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fxquant._compat import (
@@ -25,6 +24,7 @@ from fxquant._compat import (
     make_fx,
     preserve_node_meta,
     track_tensor_tree,
+    tree_map,
 )
 from fxquant.errors import CaptureError
 from fxquant.sites import clean_source
@@ -224,11 +224,11 @@ class _Normalise(fx.Interpreter):
             raise CaptureError("no proxy mode while copying a higher-order operator")
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         unwrap = self._unwrapper(node, mode)
-        proxy_args, proxy_kwargs = pytree.tree_map(unwrap, (args, kwargs))
+        proxy_args, proxy_kwargs = tree_map(unwrap, (args, kwargs))
         proxy = mode.tracer.create_proxy(node.op, node.target, proxy_args, proxy_kwargs)
         if not track:
             return proxy
-        value = pytree.tree_map(self._refake, node.meta["example_value"])
+        value = tree_map(self._refake, node.meta["example_value"])
         return track_tensor_tree(value, proxy, constant=None, tracer=mode.tracer)
 
     def _unwrapper(self, node: fx.Node, mode: Any) -> Callable[[Any], Any]:

@@ -20,7 +20,6 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fxquant._compat import inductor_modes
 from fxquant.errors import ConfigError
 from fxquant.schemes import check_setting
 
@@ -154,6 +153,8 @@ def resolve_options(options: object, mode: str | None = None) -> FxQuantConfig:
 
 
 def _mode_patches(mode: str) -> dict[str, Any]:
+    from fxquant._compat import inductor_modes  # imports Dynamo, which `import fxquant` must not pay for
+
     modes = inductor_modes()
     if mode not in modes:
         raise ConfigError(f"unknown mode {mode!r}; {_nearest(mode, modes)}")

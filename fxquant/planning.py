@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxquant.binding import Packed, Slot, frozen_value
 from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
-from fxquant.lowering.pack import pack_linear, weight_error
+from fxquant.lowering.pack import pack_codes, round_weight, weight_error
 from fxquant.passes.quantize.linear import conditions
 from fxquant.plan import FLOAT_KINDS, Decision, Plan, resolve_scheme, setting_for
 from fxquant.schemes import Scheme
@@ -82,11 +81,11 @@ class Packer:
 
     def __call__(self, weight: Tensor, scheme: Scheme) -> Packed:
         """The packed weight of shape [out_features, in_features] or a reason."""
-        weight = weight.to(torch.float32)
-        if not bool(torch.isfinite(weight).all()):
-            bad = int((~torch.isfinite(weight)).sum())
-            return Packed(None, reason=f"the weight holds {bad} values that are not finite")
-        error = weight_error(weight, scheme.weight_bits)
+        try:
+            rounded = round_weight(weight, scheme.weight_bits)
+        except PackError as problem:
+            return Packed(None, reason=str(problem))
+        error = weight_error(weight, rounded)
         if self.guarded and error.worst_db < MIN_WEIGHT_SQNR_DB:
             return Packed(
                 None,
@@ -94,12 +93,7 @@ class Packer:
                 reason=f"auto: rounding the weight costs too much in its worst channel ({error.worst_db:.1f} dB "
                 f"SQNR, {MIN_WEIGHT_SQNR_DB:.0f} dB wanted); an explicit scheme overrides this",
             )
-        if self.dry_run:
-            return Packed(None, sqnr_db=error.overall_db)
-        try:
-            return Packed(pack_linear(weight, scheme), sqnr_db=error.overall_db)
-        except PackError as problem:
-            return Packed(None, reason=str(problem))
+        return Packed(None if self.dry_run else pack_codes(rounded, scheme), sqnr_db=error.overall_db)
 
 
 def _verdict(node: fx.Node, site: Site, config: FxQuantConfig, isa: str) -> Scheme | str:

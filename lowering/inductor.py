@@ -27,7 +27,8 @@ extern "C" {{export}}
 {
     {{kernel.maybe_codegen_profile()}}
     const int64_t M = {{kernel.size(GemmOut, 0)}};
-    constexpr int64_t N = {{N}}, K = {{K}};
+    constexpr int64_t N = {{N}};
+    const int64_t K = fxquant_linear_features(W);  // at run time: linears that differ in it share one compiled kernel
     int64_t tile_rows, tile_columns;
     fxquant_linear_tiles(M, N, {{weight_bits}}, {{act_bits}}, {{threads}}, &tile_rows, &tile_columns);
     const int64_t down = (M + tile_rows - 1) / tile_rows, across = (N + tile_columns - 1) / tile_columns;
@@ -109,7 +110,7 @@ def _template_class(inductor: Inductor) -> Any:
                 epilogues.extend(epilogue_nodes)
                 y = epilogue_nodes[-1]
                 y_2d, reindexers = inductor.gen_2d_view(y, out, epilogue_nodes, reindexers, [None] * len(epilogue_nodes))
-            n, k = int(out.get_size()[1]), int(x.get_size()[1])
+            n = int(out.get_size()[1])
             named = {"X": x, "W": packed} | ({"B": bias} if bias is not None else {})
             with patch.object(inductor.graph(), "get_dtype", self._fake_get_dtype(gemm_out)):
                 return str(
@@ -123,7 +124,6 @@ def _template_class(inductor: Inductor) -> Any:
                         Y_2d=y_2d,
                         GemmOut=gemm_out,
                         N=n,
-                        K=k,
                         ROWS=TILE_ROWS,
                         COLUMNS=TILE_COLUMNS,
                         weight_bits=self.bits[0],

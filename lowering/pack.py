@@ -19,8 +19,16 @@ class WeightError:
     worst_db: float
 
 
-def pack_linear(weight: Tensor, scheme: Scheme) -> Tensor:
-    """The packed form (uint8 vector) of a float weight [N, K]; its length depends on N, K and the scheme only.
+@dataclass(frozen=True)
+class Codes:
+    """A rounded weight: codes int8 [N, K] and scale float32 [N]."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def round_weight(weight: Tensor, bits: int) -> Codes:
+    """The codes of a float weight [N, K].
 
     Raises:
         PackError: the weight is no matrix, is empty, is not finite, or has more than MAX_K columns.
@@ -32,19 +40,27 @@ def pack_linear(weight: Tensor, scheme: Scheme) -> Tensor:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise PackError(f"the weight holds {bad} values that are not finite")
-    codes, scale = quantize_weight(weight, scheme.weight_bits)
-    packed: Tensor = torch.ops.fxquant.pack_linear(codes, scale, scheme.weight_bits, scheme.act_bits)
+    return Codes(*quantize_weight(weight, bits))
+
+
+def pack_codes(rounded: Codes, scheme: Scheme) -> Tensor:
+    """The packed form (uint8 vector) of a rounded weight; its length depends on N, K and the scheme only."""
+    packed: Tensor = torch.ops.fxquant.pack_linear(rounded.codes, rounded.scale, scheme.weight_bits, scheme.act_bits)
     return packed
 
 
-def weight_error(weight: Tensor, bits: int) -> WeightError:
-    """What rounding a finite weight [N, K] to ``bits`` costs. A channel that is exact, or zero, counts as infinite."""
+def pack_linear(weight: Tensor, scheme: Scheme) -> Tensor:
+    """The packed form of a float weight [N, K]; raises as ``round_weight`` does."""
+    return pack_codes(round_weight(weight, scheme.weight_bits), scheme)
+
+
+def weight_error(weight: Tensor, rounded: Codes) -> WeightError:
+    """What rounding a weight [N, K] cost. A channel that is exact, or zero, counts as infinite."""
     weight = weight.to(torch.float32)
-    codes, scale = quantize_weight(weight, bits)
-    noise = (weight - codes.to(torch.float32) * scale[:, None]).square().sum(1, dtype=torch.float64)
-    signal = weight.square().sum(1, dtype=torch.float64)
-    worst = torch.where(noise > 0, signal / noise, math.inf).min().item()
-    overall = signal.sum().item() / noise.sum().item() if noise.sum() > 0 else math.inf
+    noise = torch.addcmul(weight, rounded.codes.to(torch.float32), rounded.scale[:, None], value=-1.0)
+    noises, signals = (v.square().sum(1).to(torch.float64) for v in (noise, weight))
+    worst = torch.where(noises > 0, signals / noises, math.inf).min().item()
+    overall = signals.sum().item() / noises.sum().item() if noises.sum() > 0 else math.inf
     return WeightError(_decibel(overall), _decibel(worst))
 
 

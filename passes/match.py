@@ -199,7 +199,8 @@ def _op_name(node: fx.Node) -> str:
     elif isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.partition("::")[2]
     elif node.op == "call_function":
-        name = _OPERATORS.get(target) or getattr(target, "__name__", "?")
+        known = {call: name for call, name in _OPERATORS.items() if call is target}
+        name = known.get(target, getattr(target, "__name__", "?"))  # type: ignore[arg-type]
     else:
         return node.op
     return _SYNONYMS.get(name, name)
@@ -309,8 +310,8 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
         return source
     if name in ("to", "type_as"):
         before, after = source.meta.get("val"), node.meta.get("val")
-        same = isinstance(before, Tensor) and isinstance(after, Tensor)
-        return source if same and before.dtype == after.dtype and before.device == after.device else None
+        if isinstance(before, Tensor) and isinstance(after, Tensor):
+            return source if (before.dtype, before.device) == (after.dtype, after.device) else None
     return None
 
 

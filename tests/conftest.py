@@ -4,8 +4,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fxquant.lowering.cpu.build import load_library
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kernels() -> None:
+    """The kernel library of this machine, built on first use."""
+    load_library()
 
 
 @pytest.fixture(autouse=True)

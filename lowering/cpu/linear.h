@@ -14,6 +14,8 @@ FXQUANT_EXPORT int64_t fxquant_linear_packed_bytes(int64_t n, int64_t k, int32_t
 // codes int8 [n, k], scales float [n] -> out. 0: packed; 1: a code is out of range; 2: no safe schedule exists.
 FXQUANT_EXPORT int32_t fxquant_linear_pack(
     const int8_t* codes, const float* scales, int64_t n, int64_t k, int32_t weight_bits, int32_t act_bits, uint8_t* out);
+// Input features k of a packed weight.
+FXQUANT_EXPORT int64_t fxquant_linear_features(const uint8_t* packed);
 // Bytes of the scratch memory that holds m quantized rows of k values.
 FXQUANT_EXPORT int64_t fxquant_linear_scratch_bytes(int64_t m, int64_t k, int32_t weight_bits, int32_t act_bits);
 // Quantizes rows m0 <= i < m1 of x (float, row stride ldx) into the scratch memory of m rows.

@@ -97,6 +97,10 @@ extern "C" int64_t fxquant_linear_packed_bytes(int64_t n, int64_t k, int32_t wei
   return Layout(n, k, weight_bits, act_bits).bytes;
 }
 
+extern "C" int64_t fxquant_linear_features(const uint8_t* packed) {
+  return reinterpret_cast<const Header*>(packed)->k;
+}
+
 extern "C" int32_t fxquant_linear_pack(
     const int8_t* codes, const float* scales, int64_t n, int64_t k, int32_t weight_bits, int32_t act_bits, uint8_t* out) {
   const Layout layout(n, k, weight_bits, act_bits);

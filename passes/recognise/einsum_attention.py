@@ -40,7 +40,7 @@ def is_attention(first: str, second: str) -> bool:
         (p, v), out = _split(second)
     except ValueError:
         return False
-    *lead, i, d = q
+    *lead, i, d = list(q)
     if len(lead) not in (1, 2) or len({*lead, i, d}) != len(q) or len(k) != len(q) or k[-1] != d or list(k[:-2]) != lead:
         return False
     j = k[-2]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fxquant
 from fxquant import reference
 
-OPS = {"codegen": "ops", "scheme": "w8a8"}
+OPS: dict[str, Any] = {"codegen": "ops", "scheme": "w8a8"}
 
 
 def compiled(model: Any, **options: Any) -> Any:
@@ -256,9 +256,9 @@ def test_higher_order_operators_and_odd_graphs(kind: str, codegen: str) -> None:
         if kind == "cond":
             return torch.cond(y.sum() > 0, lambda v: v * 2, lambda v: v - 1, (y,))
         if kind == "checkpoint":
-            return checkpoint(lambda v: model[2](model[1](model[0](v))), y, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(lambda v: model[2](model[1](model[0](v))), y, use_reentrant=False)
         if kind == "autograd.Function":
-            return Square.apply(y)  # type: ignore[no-any-return,no-untyped-call]
+            return Square.apply(y)
         if kind == "vmap":
             return torch.vmap(lambda row: row * row.sum())(y)
         if kind == "literal":
@@ -279,7 +279,7 @@ def test_graph_breaks_leave_every_part_quantized() -> None:
     def function(x: Tensor) -> Tensor:
         y = model[0](x)
         torch._dynamo.graph_break()
-        return model[2](torch.tanh(y))  # type: ignore[no-any-return]
+        return model[2](torch.tanh(y))
 
     fast, x = compiled(function), torch.randn(5, 64)
     assert_close(fast(x), function(x))

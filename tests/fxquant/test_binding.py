@@ -36,7 +36,7 @@ class Counter:
 
 
 def weight(value: float = 1.0) -> nn.Parameter:
-    return nn.Parameter(torch.full((4,), value))
+    return nn.Parameter(torch.full((4,), float(value)))
 
 
 def test_an_unchanged_weight_is_packed_once() -> None:

@@ -18,7 +18,8 @@ GQA = {**TEXT, "num_key_value_heads": 2}
 VISION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": 32}
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
 WHISPER = {
-    **{f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 128))},
+    "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128,
+    "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128,
     "d_model": 64, "vocab_size": 99, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip

@@ -1,0 +1,110 @@
+"""Side by side in one process run: interleaved rounds, medians and spread, cosine to float, a table, a plot and JSON."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+
+@dataclass
+class Row:
+    """One runner: milliseconds of every round, and its agreement with the float model."""
+
+    name: str
+    cosine: float | None = None
+    first_call_s: float | None = None
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return 1e3 * statistics.median(self.times)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        quarters = statistics.quantiles(self.times, n=4)
+        return (quarters[2] - quarters[0]) / statistics.median(self.times)
+
+
+def measure(calls: dict[str, Call], rounds: int, seconds: float = 60.0) -> dict[str, Row]:
+    """Interleaved rounds of every call; stops early after ``seconds``."""
+    rows = {name: Row(name) for name in calls}
+    for call in calls.values():
+        call()
+    start = time.perf_counter()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            rows[name].times.append(time.perf_counter() - begin)
+        if time.perf_counter() - start > seconds and len(next(iter(rows.values())).times) > 4:
+            break
+    return rows
+
+
+def cosine(a: Tensor, b: Tensor, kept: Tensor) -> float:
+    """Mean token cosine over the kept tokens."""
+    return float(torch.cosine_similarity(a, b, dim=-1)[kept].mean())
+
+
+def table(rows: list[Row], baseline: str) -> str:
+    """A markdown table, with speed over the baseline."""
+    base = next(row for row in rows if row.name == baseline).median
+    lines = [
+        "| runner | ms, median | spread | x " + baseline + " | cosine to float | first call, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row.median):
+        agreement = f"{row.cosine:.4f}" if row.cosine is not None else ""
+        first = f"{row.first_call_s:.1f}" if row.first_call_s is not None else ""
+        lines.append(f"| {row.name} | {row.median:.2f} | {row.spread:.0%} | {base / row.median:.2f} | {agreement} | {first} |")
+    return "\n".join(lines)
+
+
+def plot(groups: dict[str, list[Row]], baseline: str, path: Path) -> None:
+    """Bars of speed over the baseline, one group a batch shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 5), squeeze=False)
+    for axis, (title, rows) in zip(axes[0], groups.items(), strict=True):
+        base = next(row for row in rows if row.name == baseline).median
+        ordered = sorted(rows, key=lambda row: -row.median)
+        colours = ["tab:orange" if row.name.startswith("fxquant") else "tab:blue" for row in ordered]
+        bars = axis.barh([row.name for row in ordered], [base / row.median for row in ordered], color=colours)
+        axis.bar_label(bars, fmt="%.2fx", padding=3)
+        axis.axvline(1.0, color="grey", linewidth=0.8)
+        axis.set_xlabel(f"speed over {baseline}")
+        axis.set_title(title)
+        axis.margins(x=0.15)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def machine(isa: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torch capability": torch.backends.cpu.get_cpu_capability(),
+        "fxquant instruction set": isa,
+    }
+
+
+def save(path: Path, info: dict[str, Any], groups: dict[str, list[Row]]) -> None:
+    """Every sample as JSON."""
+    data = {"machine": info, "groups": {title: [asdict(row) for row in rows] for title, rows in groups.items()}}
+    path.write_text(json.dumps(data, indent=1))

@@ -1,0 +1,97 @@
+"""What Inductor generates: the library's tile kernel with the epilogue fused around it, and honest compile caches."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+W8A8: dict[str, Any] = {"scheme": "w8a8"}
+
+
+@torch.no_grad()
+def both(model: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Tensor, str]:
+    """The result through Inductor, through the operators, and the generated code."""
+    options: Any = {**W8A8, "inductor": {"fx_graph_cache": False}}
+    compiled = torch.compile(model, backend="fxquant", options=options)
+    got, codes = run_and_get_code(compiled, *args)
+    torch._dynamo.reset()
+    plain = torch.compile(model, backend="fxquant", options={**W8A8, "codegen": "ops"})(*args)
+    return got, plain, "\n".join(codes)
+
+
+def test_bias_and_gelu_are_fused_into_the_kernel() -> None:
+    linear = nn.Linear(64, 50)
+    got, plain, code = both(lambda x: nn.functional.gelu(linear(x)), torch.randn(7, 64))
+    assert torch.allclose(got, plain, rtol=1e-5, atol=1e-6)
+    assert code.count("fxquant_linear_tile(") == 2  # its declaration and its one call
+    (kernel,) = [part for part in code.split("async_compile.cpp") if "#pragma omp for" in part]
+    assert "erf" in kernel
+
+
+def test_a_residual_is_fused_into_the_kernel() -> None:
+    linear = nn.Linear(64, 64)
+    got, plain, code = both(lambda x, r: linear(x) + r, torch.randn(7, 64), torch.randn(7, 64))
+    assert torch.equal(got, plain)
+    assert code.count("async_compile.cpp_pybinding(") == 1  # no second kernel for the sum
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 100])
+def test_linear_and_bias_are_bit_equal_to_the_operator(n: int) -> None:
+    linear = nn.Linear(33, n)
+    got, plain, _ = both(lambda x: linear(x), torch.randn(2, 5, 33))
+    assert torch.equal(got, plain)
+
+
+def test_inputs_with_strides_and_results_with_two_readers() -> None:
+    linear = nn.Linear(40, 24)
+
+    def function(x: Tensor) -> Tensor:
+        y = linear(x.transpose(0, 1))
+        return torch.cat([torch.relu(y), y.exp()])
+
+    got, plain, _ = both(function, torch.randn(40, 6))
+    assert torch.allclose(got, plain, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_cpp_wrapper_calls_the_operator() -> None:
+    linear, x = nn.Linear(40, 24), torch.randn(6, 40)
+    options: Any = {**W8A8, "inductor": {"cpp_wrapper": True}}
+    compiled = torch.compile(linear, backend="fxquant", options=options)
+    plain = torch.compile(linear, backend="fxquant", options={**W8A8, "codegen": "ops"})
+    assert torch.equal(compiled(x), plain(x))
+
+
+SCRIPT = """
+import torch, sys
+from torch._dynamo.utils import counters
+torch.manual_seed(0)
+linear, x = torch.nn.Linear(64, 48), torch.randn(5, 64)
+with torch.no_grad():
+    y = torch.compile(linear, backend="fxquant", options={"scheme": sys.argv[1]})(x)
+stats = counters["inductor"]
+print(stats["fxgraph_cache_hit"], stats["fxgraph_cache_miss"], y.double().sum().item().hex())
+"""
+
+
+def in_new_process(cache: Path, scheme: str, **variables: str) -> tuple[int, int, str]:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **variables}
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, scheme]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    return int(out[0]), int(out[1]), out[2]
+
+
+def test_a_warm_start_hits_the_cache_and_gives_the_same_bits(tmp_path: Path) -> None:
+    cold = in_new_process(tmp_path, "w8a8")
+    warm = in_new_process(tmp_path, "w8a8")
+    assert (cold[:2], warm[:2]) == ((0, 1), (1, 0))
+    assert warm[2] == cold[2]
+    assert in_new_process(tmp_path, "w8a7")[:2] == (0, 1)
+    assert in_new_process(tmp_path, "w8a8", FXQUANT_ISA="scalar")[:2] == (0, 1)

@@ -1,0 +1,129 @@
+"""Every instruction set's kernels against the reference: the same codes, the same sums, the same float bits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fxquant.ops
+from fxquant import reference
+from fxquant.config import ISAS
+from fxquant.lowering.isa import available_isas
+from fxquant.lowering.pack import pack_linear
+from fxquant.schemes import SCHEMES, Scheme
+
+assert fxquant.ops.LIBRARY is not None
+LEVELS = [ISAS.index(isa) for isa in available_isas()]
+ALL_SCHEMES = list(SCHEMES.values())
+SHAPES = [
+    (1, 1, 1),  # one element
+    (1, 17, 3),  # one row, ragged panel, ragged step
+    (2, 3, 5),
+    (5, 16, 4),  # one panel, one step
+    (6, 33, 4),  # a full row block, ragged panels
+    (7, 40, 31),  # row remainder
+    (13, 64, 100),
+    (15, 31, 384),  # more than one 14-row block
+    (29, 16, 4096),  # many segments
+    (100, 130, 64),  # more than one tile of rows and columns
+]
+
+
+def assert_same(x: Tensor, weight: Tensor, scheme: Scheme, bias: Tensor | None = None) -> None:
+    codes, scale = reference.quantize_weight(weight, scheme.weight_bits)
+    q, scale_x, zero = reference.quantize_activation(x.reshape(-1, x.shape[-1]), scheme.act_bits)
+    sums = reference.linear_sums(q, zero, codes)
+    packed, n = pack_linear(weight, scheme), weight.shape[0]
+    bits = (scheme.weight_bits, scheme.act_bits)
+    for isa in LEVELS:
+        got = torch.ops.fxquant.linear_dynamic_int32(x, packed, n, *bits, isa)
+        for name, a, b in zip(("codes", "scale", "zero point", "sums"), got, (q, scale_x, zero, sums), strict=True):
+            same = torch.equal(a, b) if name != "scale" else torch.equal(a.view(torch.int32), b.view(torch.int32)) or (
+                torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()])
+            )  # fmt: skip
+            assert same, f"{ISAS[isa]}, {scheme}, {tuple(x.shape)} x {n}: {name}"
+    y = torch.ops.fxquant.linear_dynamic(x, packed, bias, n, *bits)
+    wanted = reference.linear_dynamic(x, codes, scale, bias, scheme.act_bits)
+    assert torch.equal(y.isnan(), wanted.isnan())
+    assert torch.equal(y.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gaussian(shape: tuple[int, int, int], scheme: Scheme) -> None:
+    m, n, k = shape
+    assert_same(torch.randn(m, k) * 3, torch.randn(n, k), scheme, torch.randn(n))
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+def test_heavy_tails(scheme: Scheme) -> None:
+    assert_same(torch.randn(9, 200) ** 3, torch.randn(50, 200) ** 5, scheme)
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("weights", ["all largest", "random signs", "gaussian"])
+def test_inputs_that_reach_the_extremes_of_every_lane(weights: str, scheme: Scheme) -> None:
+    k, n = 512, 32
+    weight = {"all largest": torch.ones(n, k), "random signs": torch.randn(n, k).sign(), "gaussian": torch.randn(n, k)}[weights]
+    largest = torch.where(weight > 0, 1.0, 0.0)  # the largest code where a weight is positive, 0 elsewhere
+    assert_same(torch.cat([largest, 1 - largest, torch.ones(1, k)]), weight, scheme)
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+def test_rows_that_are_zero_tiny_huge_or_not_finite(scheme: Scheme) -> None:
+    x = torch.randn(10, 40)
+    x[0] = 0
+    x[1] = 1e-41
+    x[2] = 3e38 * x[2].sign()
+    x[3, 7] = float("nan")
+    x[4, 0] = float("inf")
+    x[5, 39] = -float("inf")
+    x[6] = -x[6].abs()
+    x[7] = x[7].abs()
+    x[8] = -0.0
+    assert_same(x, torch.randn(20, 40), scheme, torch.randn(20))
+
+
+def test_a_row_that_is_not_finite_gives_nan_in_that_row_only() -> None:
+    x = torch.randn(3, 16)
+    x[1, 4] = float("inf")
+    y = torch.ops.fxquant.linear_dynamic(x, pack_linear(torch.randn(5, 16), Scheme(8, 8)), None, 5, 8, 8)
+    assert y.isnan().all(1).tolist() == [False, True, False]
+
+
+def test_batches_strides_and_empty_batches() -> None:
+    weight = torch.randn(24, 20)
+    assert_same(torch.randn(2, 3, 4, 20), weight, Scheme(8, 7))
+    assert_same(torch.randn(20, 6).t(), weight, Scheme(8, 7))
+    assert_same(torch.randn(6, 40)[:, ::2], weight, Scheme(8, 7))
+    assert_same(torch.randn(20), weight, Scheme(8, 7))
+    empty = torch.ops.fxquant.linear_dynamic(torch.empty(0, 20), pack_linear(weight, Scheme(8, 7)), None, 24, 8, 7)
+    assert empty.shape == (0, 24)
+
+
+@settings(max_examples=60, deadline=None)
+@given(m=st.integers(1, 40), n=st.integers(1, 70), k=st.integers(1, 90), seed=st.integers(0, 10**6), which=st.integers(0, 2))
+def test_any_shape(m: int, n: int, k: int, seed: int, which: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator) * 10 ** float(torch.randint(-6, 7, (1,), generator=generator))
+    assert_same(x, torch.randn(n, k, generator=generator), ALL_SCHEMES[which])
+
+
+def test_one_and_two_threads_give_the_same_bits() -> None:
+    x, packed, before = torch.randn(101, 96), pack_linear(torch.randn(70, 96), Scheme(8, 8)), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.fxquant.linear_dynamic(x, packed, None, 70, 8, 8))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_w8a7_is_close_to_float() -> None:
+    x, weight = torch.randn(64, 384), torch.randn(128, 384)
+    y = torch.ops.fxquant.linear_dynamic(x, pack_linear(weight, Scheme(8, 7)), None, 128, 8, 7)
+    noise = (y - x @ weight.T).square().mean() / (x @ weight.T).square().mean()
+    assert noise < 1e-3

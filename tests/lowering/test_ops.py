@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+import fxquant.ops
+from fxquant import reference
+from fxquant.lowering.pack import pack_linear
+from fxquant.schemes import Scheme
+
+assert fxquant.ops.LIBRARY is not None
+
+
+@pytest.mark.parametrize("test", ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"])
+def test_linear_dynamic_is_a_good_citizen(test: str) -> None:
+    args = (torch.randn(2, 3, 16), pack_linear(torch.randn(8, 16), Scheme(8, 8)), torch.randn(8), 8, 8, 8)
+    torch.library.opcheck(torch.ops.fxquant.linear_dynamic, args, test_utils=test)
+
+
+@pytest.mark.parametrize("op", [torch.ops.fxquant.fake_quant_per_token, torch.ops.fxquant.fake_quant_per_channel])
+def test_fake_quant_is_a_good_citizen(op: torch._ops.OpOverloadPacket) -> None:
+    torch.library.opcheck(op, (torch.randn(4, 6), 8), test_utils=["test_schema", "test_faketensor"])
+
+
+def test_the_kernel_refuses_gradients() -> None:
+    x = torch.randn(2, 16, requires_grad=True)
+    y = torch.ops.fxquant.linear_dynamic(x, pack_linear(torch.randn(8, 16), Scheme(8, 8)), None, 8, 8, 8)
+    with pytest.raises(RuntimeError, match="has no gradient: it is an inference kernel"):
+        y.sum().backward()
+
+
+def test_fake_quant_is_straight_through_and_idempotent() -> None:
+    x = torch.randn(5, 7, requires_grad=True)
+    y = torch.ops.fxquant.fake_quant_per_token(x, 7)
+    y.backward(torch.full_like(y, 3.0))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full_like(x, 3.0))
+    weight = torch.randn(5, 7)
+    once = reference.fake_quant_per_channel(weight, 8)
+    assert torch.allclose(reference.fake_quant_per_channel(once, 8), once, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_the_error_of_an_activation_is_at_most_half_a_step(bits: int) -> None:
+    x = torch.randn(100, 33) * torch.logspace(-5, 5, 100)[:, None]
+    _, scale, _ = reference.quantize_activation(x, bits)
+    error = (reference.fake_quant_per_token(x, bits) - x).abs()
+    # half a step for the code and half a step for the rounded zero point, at the ends of the range
+    assert (error <= scale[:, None] * 1.0001).all()
+    assert error.mean() <= scale.mean() / 3
+
+
+def test_reference_worked_example() -> None:
+    x = torch.tensor([[-1.0, 0.0, 1.55]])
+    codes, scale, zero = reference.quantize_activation(x, 8)
+    assert torch.allclose(scale, torch.tensor([0.01]))
+    assert (zero.tolist(), codes.tolist()) == ([100], [[0, 100, 255]])
+    weight_codes, weight_scale = reference.quantize_weight(torch.tensor([[127.0, -63.5, 1.0]]), 8)
+    assert (weight_codes.tolist(), weight_scale.tolist()) == ([[127, -64, 1]], [1.0])  # -63.5 rounds to even
