@@ -139,6 +139,8 @@ class Inductor:
     gen_2d_view: Callable[..., Any]
     export_declaration: Callable[[], str]
     threads: Callable[[], int]
+    _kernel: Any
+    _kernel_name: Any
     _ir: Any
     _virtualized: Any
 
@@ -149,7 +151,8 @@ class Inductor:
         from torch._inductor.codegen.cpp import get_export_declaration
         from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
         from torch._inductor.codegen.cpp_template import CppTemplate
-        from torch._inductor.utils import parallel_num_threads
+        from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+        from torch._inductor.utils import Placeholder, parallel_num_threads
         from torch._inductor.virtualized import V, ops
 
         return cls(
@@ -161,9 +164,27 @@ class Inductor:
             gen_2d_view=gen_2d_view_of_epilogue_buf,
             export_declaration=get_export_declaration,
             threads=parallel_num_threads,
+            _kernel=CppTemplateKernel,
+            _kernel_name=Placeholder.KERNEL_NAME,
             _ir=ir,
             _virtualized=V,
         )
+
+    def template_output(self, template: Any) -> Any:
+        """The output of a template, without the trial rendering that autotuning would need."""
+
+        def make_kernel_render(node: Any, flag_template_buffer_has_other_users: bool, epilogue_nodes: Any = None) -> Any:
+            kernel = self._kernel(kernel_name=str(self._kernel_name), num_threads=template.num_threads)
+            users = flag_template_buffer_has_other_users
+            return kernel, lambda: kernel.render(
+                template,
+                template_buffer_node=node,
+                flag_template_buffer_has_other_users=users,
+                epilogue_nodes=epilogue_nodes,
+            )
+
+        buffer = self._ir.CppTemplateBuffer(template.layout, template.input_nodes, make_kernel_render, template, None)
+        return self._ir.TensorBox.create(buffer)
 
     def graph(self) -> Any:
         """The graph that is being lowered."""

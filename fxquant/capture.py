@@ -166,7 +166,7 @@ def _copy_dynamo_metadata(old: fx.GraphModule, new: fx.GraphModule) -> None:
     pairs = zip(old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True)
     for source, node in pairs:
         origin = getattr(source, "_dynamo_source", None)
-        node._dynamo_source = origin  # type: ignore[attr-defined]
+        node._dynamo_source = origin
         if "tensor_dict" in source.meta:
             node.meta["tensor_dict"] = source.meta["tensor_dict"]
         node.meta["fxquant_name"] = clean_source(_source_name(origin)) if origin is not None else str(source.target)

@@ -77,7 +77,7 @@ def register() -> None:
             inputs.append(inductor.realize_contiguous(bias))
         layout = inductor.fixed_layout(x.get_device(), torch.float32, [m, sympy.Integer(out_features)])
         made = template(inputs, layout, weight_bits, act_bits)
-        return inductor.view(made.generate().output_node(), [*lead, out_features])
+        return inductor.view(inductor.template_output(made), [*lead, out_features])
 
 
 def _template_class(inductor: Inductor) -> Any:
@@ -91,14 +91,13 @@ def _template_class(inductor: Inductor) -> Any:
         def render(
             self,
             kernel: Any,
-            template_buffer_node: Any = None,
-            flag_template_buffer_has_other_users: bool | None = None,
-            epilogue_nodes: list[Any] | None = None,
-            **_: Any,
+            template_buffer_node: Any,
+            flag_template_buffer_has_other_users: bool,
+            epilogue_nodes: list[Any] | None,
         ) -> str:
             x, packed, *rest = self.input_nodes
             bias = rest[0] if rest else None
-            out = template_buffer_node if template_buffer_node is not None else self.output_node
+            out = template_buffer_node
             gemm_out = inductor.buffer(f"{out.get_name()}_GemmOut", out.layout)
             epilogues = [inductor.pointwise_buffer(out, _bias_add(inductor, gemm_out, bias))]
             reindexers: list[Any] = [None]

@@ -169,7 +169,7 @@ class _Pattern:
 
 @functools.cache
 def _trace(spelling: Callable[..., Any]) -> _Pattern:
-    graph = fx.Tracer().trace(spelling)  # type: ignore[arg-type]
+    graph = fx.Tracer().trace(spelling)
     parameters = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
     root = graph.find_nodes(op="output")[0].args[0]
     if not isinstance(root, fx.Node):
@@ -199,8 +199,8 @@ def _op_name(node: fx.Node) -> str:
     elif isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.partition("::")[2]
     elif node.op == "call_function":
-        known = {call: name for call, name in _OPERATORS.items() if call is target}
-        name = known.get(target, getattr(target, "__name__", "?"))  # type: ignore[arg-type]
+        named = [name for call, name in _OPERATORS.items() if call is target]
+        name = named[0] if named else str(getattr(target, "__name__", "?"))
     else:
         return node.op
     return _SYNONYMS.get(name, name)

@@ -50,7 +50,7 @@ def _add_input(graph: fx.Graph, before: fx.Node, name: str, blob: Tensor, fake_m
     node.meta["val"] = fake_mode.from_tensor(blob, static_shapes=True)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node.meta["fxquant_name"] = name
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     return node
 
 

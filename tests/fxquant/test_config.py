@@ -40,7 +40,7 @@ def test_a_wrong_type_names_the_option_and_the_value() -> None:
 
 def test_the_config_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        FxQuantConfig().scheme = "w8a8"  # type: ignore[misc]
+        FxQuantConfig().scheme = "w8a8"
 
 
 def test_toml_below_explicit_options(tmp_path: Path) -> None:
