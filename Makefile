@@ -16,6 +16,7 @@ test: $(VENV)/test kernels
 
 bench: $(VENV)/bench kernels
 	$(RUN) benchmarks/kernels.py
+	$(RUN) benchmarks/binding.py
 	$(RUN) benchmarks/compile_time.py
 	$(RUN) benchmarks/minilm.py
 

@@ -47,7 +47,9 @@ def main() -> None:
         calls: dict[str, Callable[..., Any]] = {"eager": model}
         calls["inductor"] = compile_with(console, model, batch, "inductor")
         calls["fxquant"] = compile_with(console, model, batch, "fxquant")
-        console.print(fxquant.report(calls["fxquant"]).to_text(console.width), highlight=False, markup=False)
+        console.print(
+            fxquant.report(calls["fxquant"]).to_text(max(console.width, 110)), highlight=False, markup=False, soft_wrap=True
+        )
         show_search(console, calls, batch)
         show_speed(console, calls, batch)
 

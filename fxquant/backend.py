@@ -34,7 +34,9 @@ from fxquant.reporting.dump import Dumper
 from fxquant.reporting.logs import setup_logging
 from fxquant.tracker import CompiledGraph, tracker
 
-log = logging.getLogger("fxquant.passes")
+log_passes = logging.getLogger("fxquant.passes")
+log_plan = logging.getLogger("fxquant.plan")
+log_kernels = logging.getLogger("fxquant.kernels")
 Runner = Callable[..., Any]
 OPERATORS = ops.LIBRARY  # importing ops defines the fxquant:: operators
 
@@ -98,8 +100,10 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
     except Exception as error:
         raise _StayFloat(f"lowering failed: {_one_line(error)}", FloatFallbackWarning) from error
 
+    outline = planned.without_contents()
+
     def variant(reasons: Mapping[str, str]) -> Program:
-        other = _lower(captured, planned.without(reasons), None, None)
+        other = _lower(captured, outline.without(reasons), None, None)
         return Program(other.gm.forward, other.slots, other.kept)
 
     graph.binder = binder = Binder(program, variant, graph.on_bind)
@@ -120,7 +124,10 @@ def analyse(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dumpe
             made.append(captured.gm)
         dumper.stage("capture", captured.gm)
         with graph.stage("recognise", captured.gm):
-            graph.add_rewrites("recognise", recognise(captured.gm))
+            events = recognise(captured.gm)
+            graph.add_rewrites("recognise", events)
+            for event in events:
+                log_passes.info("%s at %s: %s", event.rule.title, event.node_name, getattr(event, "sentence", "fired"))
             verify(captured.gm, "recognise")
         dumper.stage("recognise", captured.gm)
     except DYNAMO_CONTROL_FLOW:
@@ -137,6 +144,7 @@ def plan(captured: Captured, args: Sequence[Any], graph: CompiledGraph, dry_run:
         if not (graph.is_partial or tracker().has_partial(graph.config)):
             check_patterns(graph.config, tuple(d.site for d in planned.plan.decisions))
     graph.set_plan(planned)
+    log_plan.info("%s:\n%s", graph.record.place, planned.plan)
     return planned
 
 
@@ -183,7 +191,7 @@ def _generate(lowered: _Lowered, packed: Mapping[str, Packed], args: Sequence[An
 def _compile_float(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, refusal: _StayFloat) -> Runner:
     """The graph as it came, through Inductor (or run as it is with ``codegen="ops"``)."""
     graph.stay_float(str(refusal))
-    log.info("%s: %s", graph.record.name, refusal)
+    log_passes.info("%s stays float: %s", graph.record.place, refusal)
     if refusal.warning is not None:
         warnings.warn(f"fxquant: {graph.record.place}: {refusal}", refusal.warning, stacklevel=2)
     run = gm.forward if graph.config.codegen == "ops" else compile_fx(gm, args, graph.config.inductor)
@@ -206,7 +214,8 @@ def _refuse_training(graph: CompiledGraph) -> None:
 def _load_kernels() -> str | None:
     """Build or load the kernel library; the sentence why it cannot be had, or None."""
     try:
-        load_library(environment().cache, environment().isa)
+        path = load_library(environment().cache, environment().isa)
+        log_kernels.info("kernel library %s, instruction set %s", path, current_isa())
     except KernelBuildError as error:
         return str(error)
     return None

@@ -9,7 +9,7 @@ tensors) need ``fxquant.refresh``.
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
 
@@ -40,6 +40,10 @@ class Packed:
     sqnr_db: float | None = None
     reason: str | None = None
 
+    def without_contents(self) -> "Packed":
+        """The same outcome with one byte that only has the blob's shape, for what must not keep weights alive."""
+        return replace(self, blob=self.blob if self.blob is None else self.blob.new_empty(1).expand(self.blob.shape))
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -62,7 +66,7 @@ class Program:
 
 @dataclass
 class _Entry:
-    stamp: list[tuple[int, int]]
+    stamp: list[int]
     program: Program
     packed: tuple[Tensor, ...]
     keep: Callable[[Sequence[Any]], tuple[Any, ...]]
@@ -150,11 +154,15 @@ def positions_getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tupl
     return itemgetter(*positions)
 
 
-def _stamp(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+_version, _address = Tensor._version.__get__, Tensor.data_ptr  # type: ignore[attr-defined]
+
+
+def _stamp(tensors: Sequence[Tensor]) -> list[int]:
+    """Version counters and addresses; on the path of every call, so without a Python loop."""
     try:
-        return [(t._version, t.data_ptr()) for t in tensors]
+        return [*map(_version, tensors), *map(_address, tensors)]
     except RuntimeError:  # inference tensors have no version counter
-        return [(-1 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
+        return [*(-1 if t.is_inference() else t._version for t in tensors), *map(_address, tensors)]
 
 
 def frozen_value(node: fx.Node) -> FrozenValue:

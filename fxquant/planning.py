@@ -1,7 +1,7 @@
 """The plan stage: every candidate site gets a scheme with a packed weight, or a reason why it stays float."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -30,6 +30,10 @@ class Planned:
     nodes: Mapping[str, fx.Node]
     slots: Mapping[str, Slot]
     packed: Mapping[str, Packed]
+
+    def without_contents(self) -> "Planned":
+        """The same plan, holding no packed weight."""
+        return replace(self, packed={site: packed.without_contents() for site, packed in self.packed.items()})
 
     def without(self, reasons: Mapping[str, str]) -> "Planned":
         """The same plan with some packed weights left float: reasons by the slot's site hold for all its sites."""

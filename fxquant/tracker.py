@@ -90,7 +90,8 @@ class CompiledGraph:
     def on_bind(self, packed: dict[str, Packed], tensors: Sequence[Tensor]) -> None:
         """Remember a set of Parameters that the graph was bound to."""
         key = tuple(map(id, tensors))
-        self.bound[key] = ([weakref.ref(tensor) for tensor in tensors], packed)
+        outcomes = {site: result.without_contents() for site, result in packed.items()}
+        self.bound[key] = ([weakref.ref(tensor) for tensor in tensors], outcomes)
 
     def forget(self, ids: set[int]) -> None:
         """Drop every packed weight that was made from one of the tensors with these ids."""

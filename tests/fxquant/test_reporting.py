@@ -86,7 +86,17 @@ def test_a_dump_has_a_numbered_file_for_each_stage_that_changed_the_graph(tmp_pa
     compile((folder / "02-fuse.py").read_text(), "02-fuse.py", "exec")
 
 
-def test_the_environment_asks_for_dumps_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_asks_for_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXQUANT_DUMP", str(tmp_path))
     run(model(), torch.randn(3, 64))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_loggers_tell_the_plan_the_passes_and_the_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    linear = nn.Linear(64, 64)
+    with caplog.at_level("INFO", logger="fxquant"):
+        run(lambda x: (y := linear(x)) * torch.sigmoid(y), torch.randn(3, 64))
+    messages = {record.name: record.getMessage() for record in caplog.records}
+    assert messages["fxquant.plan"].splitlines()[1] == ":linear: w8a8"
+    assert messages["fxquant.passes"].startswith("x · sigmoid(x)  →  silu(x) at ")
+    assert "kernel library" in messages["fxquant.kernels"]

@@ -1,6 +1,7 @@
 """Weights are inputs: what the user changes is packed again before the next call, and layers share one graph."""
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -162,3 +163,26 @@ def test_a_deep_copy_has_its_own_weights() -> None:
     other.weight.mul_(2)
     assert torch.equal(compiled(other)(x), expected(other, x))
     assert torch.equal(fast(x), expected(linear, x))
+
+
+def blobs_alive(size: int) -> int:
+    gc.collect()
+    tensors = (t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.uint8)
+    return sum(t.untyped_storage().nbytes() == size for t in tensors)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codegen", ["ops", "inductor"])
+def test_packed_weights_live_as_long_as_their_parameters(codegen: str) -> None:
+    linear, x = nn.Linear(1000, 50), torch.randn(3, 1000)
+    fast = compiled(linear, codegen=codegen)
+    fast(x)
+    size = next(row.bytes_after for row in fxquant.report(fast).sites)
+    assert blobs_alive(size) == 1
+    for _ in range(3):
+        linear.weight.mul_(2)
+        fast(x)
+    assert blobs_alive(size) == 1
+    linear.weight = nn.Parameter(torch.randn(50, 1000))
+    fast(x)
+    assert blobs_alive(size) == 1
