@@ -35,7 +35,13 @@ def inductor(model: nn.Module, inputs: Inputs, **patches: Any) -> Run:
 
 
 def freezing(model: nn.Module, inputs: Inputs) -> Run:
-    return inductor(copy.deepcopy(model), inputs, freezing=True)
+    """Inductor with frozen weights. Dynamo reads the setting too, so it must stand globally: ``options=`` is not enough."""
+    import torch._inductor.config as inductor_config
+
+    run = inductor(copy.deepcopy(model), inputs)
+    with inductor_config.patch(freezing=True):  # type: ignore[attr-defined]
+        run()
+    return run
 
 
 def fxquant(options: dict[str, Any]) -> Callable[[nn.Module, Inputs], Run]:

@@ -19,8 +19,8 @@ def compiled(model: Any, **options: Any) -> Any:
     return torch.compile(model, backend="fxquant", options={**OPS, **options})
 
 
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).eval()
+def mlp(width: int = 64) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)).eval()
 
 
 def assert_close(got: Tensor, wanted: Tensor, db: float = 30.0) -> None:
@@ -40,13 +40,13 @@ def test_the_op_equals_the_reference_bit_for_bit_from_both_code_generators() -> 
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", ["auto", "w8a8", "w8a7", "w7a7"])
 def test_each_scheme_is_close_to_float(scheme: str) -> None:
-    model, x = mlp(), torch.randn(5, 64)
+    model, x = mlp(256), torch.randn(5, 256)
     assert_close(compiled(model, scheme=scheme)(x), model(x))
 
 
 @torch.no_grad()
 def test_the_default_options_go_through_inductor() -> None:
-    model, x = mlp(), torch.randn(5, 64)
+    model, x = mlp(256), torch.randn(5, 256)
     fast = torch.compile(model, backend="fxquant")
     assert_close(fast(x), model(x))
     assert torch.equal(fast(x), fast(x))
