@@ -1,4 +1,4 @@
-"""The kernel library: built once a machine, on first use, into a cache keyed by its sources, compiler and torch.
+"""The kernel library: built once a machine, on first use, into a cache keyed by its sources, flags and torch.
 
 ``python -m fxquant.lowering.cpu.build`` builds it ahead of time; ``--into FOLDER`` puts it into a wheel.
 """
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, help="folder for the library instead of the cache")
     into = parser.parse_args().into
     if into is not None:
+        into.mkdir(parents=True, exist_ok=True)
         build(into.resolve() / _file_name())
         return
     from fxquant.config import environment

@@ -37,11 +37,18 @@ const Kernels& kernels() { return *kTable[fxquant_isa()]; }
 
 const Header& header_of(const uint8_t* packed) { return *reinterpret_cast<const Header*>(packed); }
 
-bool is_wide(int32_t weight_bits, int32_t act_bits) {
-  return !has_schedule(weight_bits, act_bits) && kernels().wide_8x8;
+// Widens codes that stand in the upper half of their row, front to back: what is overwritten has been read.
+void spread(const uint8_t* narrow, int64_t count, uint8_t* row) {
+  for (int64_t j = 0; j < count; j += 16) {  // count is a multiple of 32
+    uint8_t from[16];
+    uint16_t to[16];
+    std::memcpy(from, narrow + j, 16);
+    for (int64_t i = 0; i < 16; i++) to[i] = from[i];
+    std::memcpy(row + 2 * j, to, 32);
+  }
 }
 
-// Walks over the panels and row blocks of a tile; use(sums, row, rows, column, columns) takes each block.
+// Walks over the panels and row blocks of a tile; use(layout, sums, row, rows, column, columns) takes each block.
 template <typename Use>
 void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Use use) {
   const Header& header = header_of(packed);
@@ -51,17 +58,27 @@ void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, 
   const PanelFn panel = scheduled ? kernel.panel_15 : kernel.panel_8x8;
   const Scratch rows(m, header.k, is_wide(header.weight_bits, header.act_bits));
   const int64_t block = even_share(m1 - m0, scheduled ? kernel.rows_15 : kernel.rows_8x8);
-  alignas(64) int32_t sums[kMaxRows * kPanel];
-  for (int64_t n = n0; n < n1; n += kPanel) {
+  alignas(64) int32_t sums[2 * kMaxRows * kPanel];
+  for (int64_t n = n0; n < n1;) {
+    const int64_t panels = kernel.pair && n + kPanel < n1 ? 2 : 1;
     for (int64_t i = m0; i < m1; i += block) {
       const int64_t count = std::min(block, m1 - i);
-      panel(scratch + rows.codes + i * rows.stride, rows.stride, count, packed, layout, n / kPanel, sums);
-      use(layout, sums, i, count, n, std::min(kPanel, n1 - n));
+      const uint8_t* codes = scratch + rows.codes + i * rows.stride;
+      (panels == 2 ? kernel.pair : panel)(codes, rows.stride, count, packed, layout, n / kPanel, sums);
+      for (int64_t p = 0; p < panels; p++) {
+        const int64_t column = n + p * kPanel;
+        use(layout, sums + p * count * kPanel, i, count, column, std::min(kPanel, n1 - column));
+      }
     }
+    n += panels * kPanel;
   }
 }
 
 }  // namespace
+
+bool fxquant::is_wide(int32_t weight_bits, int32_t act_bits) {
+  return !has_schedule(weight_bits, act_bits) && kernels().wide_8x8;
+}
 
 extern "C" int32_t fxquant_isa(void) {
   int32_t isa = current.load(std::memory_order_relaxed);
@@ -87,7 +104,7 @@ extern "C" void fxquant_linear_tiles(
   *rows = std::min<int64_t>((share + step - 1) / step * step, FXQUANT_TILE_ROWS);
   *columns = FXQUANT_TILE_COLUMNS;
   const auto count = [&] { return ((m + *rows - 1) / *rows) * ((n + *columns - 1) / *columns); };
-  while (*columns > kPanel && count() < threads * kTilesPerThread) *columns -= kPanel;
+  while (*columns > kPanel && count() < threads * kTilesPerThread) *columns /= 2;  // pairs of panels stay whole
 }
 
 extern "C" int64_t fxquant_linear_scratch_bytes(int64_t m, int64_t k, int32_t weight_bits, int32_t act_bits) {
@@ -104,12 +121,9 @@ extern "C" void fxquant_quantize_rows(
   int32_t* zero_points = reinterpret_cast<int32_t*>(scratch + rows.zero_points);
   for (int64_t i = m0; i < m1; i++) {
     uint8_t* codes = scratch + rows.codes + i * rows.stride;
-    // 8-bit codes first land in the upper half of a wide row and are spread from there, front to back.
     uint8_t* narrow = wide ? codes + rows.stride / 2 : codes;
     quantize(x + i * ldx, k, (1 << act_bits) - 1, narrow, scales + i, zero_points + i);
-    if (!wide) continue;
-    uint16_t* spread = reinterpret_cast<uint16_t*>(codes);
-    for (int64_t j = 0; j < rows.stride / 2; j++) spread[j] = narrow[j];
+    if (wide) spread(narrow, rows.stride / 2, codes);
   }
 }
 

@@ -26,6 +26,9 @@ struct Header {
   int32_t weight_bits, act_bits;
 };
 
+// More input features could overflow an int32 sum of 8 x 8-bit products.
+constexpr int64_t kMaxFeatures = (int64_t{1} << 31) / (255 * 127);
+
 // Offsets of the sections of a packed weight, each 64-byte aligned.
 struct Layout {
   int64_t n, k, panels, steps, capacity;
@@ -55,12 +58,13 @@ struct Scratch {
   Scratch(int64_t m, int64_t k, bool wide) {
     zero_points = align64(m * 4);
     codes = 2 * zero_points;
-    stride = align64((k + kStep - 1) / kStep * kStep) * (wide ? 2 : 1);
+    // An odd number of cache lines: rows a power of two apart would fall into one set of the first-level cache.
+    stride = align64((k + kStep - 1) / kStep * kStep * (wide ? 2 : 1)) | 64;
     bytes = codes + m * stride;
   }
 };
 
-// One panel against rows of codes (row stride in bytes): sums int32 [rows][16].
+// One panel, or a pair of neighbours, against rows of codes (row stride in bytes): sums int32 [panels][rows][16].
 using PanelFn = void (*)(
     const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* packed, const Layout& layout, int64_t panel,
     int32_t* sums);
@@ -75,12 +79,16 @@ struct Kernels {
   QuantizeFn quantize;
   PanelFn panel_8x8;   // any scheme
   PanelFn panel_15;    // schemes with a schedule
+  PanelFn pair;        // two panels, any scheme; null where one panel fills the registers
   FinishFn finish;
   int64_t rows_8x8, rows_15;  // most rows of one call
   bool wide_8x8;              // panel_8x8 reads 16-bit codes
 };
 
 extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni;
+
+// Whether the kernels in force keep the codes of a scheme in 16 bits.
+bool is_wide(int32_t weight_bits, int32_t act_bits);
 
 // Equal parts of `rows`, none above `most`.
 inline int64_t even_share(int64_t rows, int64_t most) {

@@ -75,42 +75,72 @@ void panel_15(const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t*
                        reinterpret_cast<const int32_t*>(packed + layout.starts) + p * 16, sums);
 }
 
-// R rows x 16 columns, 16-bit codes against sign-extended weights: vpmaddwd is exact. Each accumulator holds four
+// acc += madd(x, w) in 32 bits, for the same reason as mac16.
+inline void mac32(__m256i& acc, __m256i x, __m256i w) {
+#if defined(__GNUC__) && !defined(FXQUANT_SIMDE)
+  __m256i t;
+  asm volatile("vpmaddwd %[w], %[x], %[t]\n\tvpaddd %[t], %[acc], %[acc]"
+               : [acc] "+x"(acc), [t] "=&x"(t)
+               : [w] "x"(w), [x] "x"(x));
+#else
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(x, w));
+#endif
+}
+
+// R rows x 8 columns, 16-bit codes against sign-extended weights: vpmaddwd is exact. Each accumulator holds four
 // columns as two halves, added at the end.
 inline __m256i widen(const uint8_t* w) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))); }
 
 inline __m256i join(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8); }
 
-#define ZERO4(r) __m256i a##r = zero, b##r = zero, c##r = zero, d##r = zero;
-#define MAC4(r)                                                    \
-  {                                                                \
-    const __m256i x = broadcast8(codes + r * stride + s * 8);      \
-    a##r = _mm256_add_epi32(a##r, _mm256_madd_epi16(x, w0));       \
-    b##r = _mm256_add_epi32(b##r, _mm256_madd_epi16(x, w1));       \
-    c##r = _mm256_add_epi32(c##r, _mm256_madd_epi16(x, w2));       \
-    d##r = _mm256_add_epi32(d##r, _mm256_madd_epi16(x, w3));       \
+#define ZERO(r) __m256i a##r = zero, b##r = zero;
+#define MAC_WIDE(r)                                                                     \
+  {                                                                                     \
+    const __m256i x = broadcast8((r < 3 ? low : high) + (r < 3 ? r : r - 3) * stride);  \
+    mac32(a##r, x, w0);                                                                 \
+    mac32(b##r, x, w1);                                                                 \
   }
-#define STORE4(r) to[2 * r] = join(a##r, b##r), to[2 * r + 1] = join(c##r, d##r);
-#define WIDE(R)                                                                                     \
-  void wide_##R(const uint8_t* codes, int64_t stride, const uint8_t* w, int64_t steps, int32_t* sums) { \
-    const __m256i zero = _mm256_setzero_si256();                                                    \
-    __m256i* to = reinterpret_cast<__m256i*>(sums);                                                 \
-    FXQUANT_ROWS_##R(ZERO4) for (int64_t s = 0; s < steps; s++, w += 64) {                          \
-      const __m256i w0 = widen(w), w1 = widen(w + 16), w2 = widen(w + 32), w3 = widen(w + 48);      \
-      FXQUANT_ROWS_##R(MAC4)                                                                        \
-    }                                                                                               \
-    FXQUANT_ROWS_##R(STORE4)                                                                        \
+#define JOIN(r) to[2 * r] = join(a##r, b##r);
+#define WIDE(R)                                                                                           \
+  void wide_##R(const uint8_t* codes, int64_t stride, const uint8_t* w, int64_t steps, int32_t* sums) {   \
+    const uint8_t *low = codes, *high = codes + 3 * stride;                                               \
+    const __m256i zero = _mm256_setzero_si256();                                                          \
+    __m256i* to = reinterpret_cast<__m256i*>(sums);                                                       \
+    FXQUANT_ROWS_##R(ZERO) for (int64_t s = 0; s < steps; s++, w += 64, low += 8, high += 8) {            \
+      const __m256i w0 = widen(w), w1 = widen(w + 16);                                                    \
+      FXQUANT_ROWS_##R(MAC_WIDE)                                                                          \
+    }                                                                                                     \
+    FXQUANT_ROWS_##R(JOIN)                                                                                \
   }
-WIDE(1) WIDE(2)
+WIDE(2) WIDE(3) WIDE(4) WIDE(5) WIDE(6)
+
+// One row x 16 columns: nothing is reused, so the weights pass by once.
+void wide_row(const uint8_t* codes, const uint8_t* w, int64_t steps, int32_t* sums) {
+  __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+  for (int64_t s = 0; s < steps; s++, w += 64, codes += 8) {
+    const __m256i x = broadcast8(codes);
+    mac32(a, x, widen(w));
+    mac32(b, x, widen(w + 16));
+    mac32(c, x, widen(w + 32));
+    mac32(d, x, widen(w + 48));
+  }
+  __m256i* to = reinterpret_cast<__m256i*>(sums);
+  to[0] = join(a, b), to[1] = join(c, d);
+}
+
+constexpr void (*kWide[])(const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*) = {
+    wide_2, wide_3, wide_4, wide_5, wide_6};
 
 void panel_8x8(const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* packed, const Layout& layout, int64_t p,
                int32_t* sums) {
   const uint8_t* weights = packed + layout.weights + p * layout.steps * 64;
-  (rows == 1 ? wide_1 : wide_2)(codes, stride, weights, layout.steps, sums);
+  if (rows == 1) return wide_row(codes, weights, layout.steps, sums);
+  kWide[rows - 2](codes, stride, weights, layout.steps, sums);           // columns 0 to 7
+  kWide[rows - 2](codes, stride, weights + 32, layout.steps, sums + 8);  // columns 8 to 15
 }
 
 }  // namespace
 
-const Kernels kAvx2 = {avx2::quantize, panel_8x8, panel_15, avx2::finish, 2, 6, true};
+const Kernels kAvx2 = {avx2::quantize, panel_8x8, panel_15, nullptr, avx2::finish, 6, 6, true};
 
 }  // namespace fxquant

@@ -57,33 +57,63 @@ void quantize(const float* x, int64_t k, int32_t qmax, uint8_t* codes, float* sc
   *zero_point = zero;
 }
 
+// Rows x 16 or 32 columns, one accumulator a row and panel. A pair of panels loads each code once for two products, so
+// that the multiplier and not the load unit sets the pace.
 #define ZERO(r) __m512i a##r = zero;
-#define DOT(r)                                                                   \
-  {                                                                              \
-    int32_t four;                                                                \
-    std::memcpy(&four, codes + r * stride + s * 4, 4);                           \
-    a##r = _mm512_dpbusd_epi32(a##r, _mm512_set1_epi32(four), w0);               \
+#define ZERO2(r) __m512i a##r = zero, b##r = zero;
+#define BROADCAST(r)                            \
+  int32_t four;                                 \
+  std::memcpy(&four, codes + r * stride, 4);    \
+  const __m512i x = _mm512_set1_epi32(four);
+#define DOT(r)                                  \
+  {                                             \
+    BROADCAST(r)                                \
+    a##r = _mm512_dpbusd_epi32(a##r, x, w0);    \
+  }
+#define DOT2(r)                                 \
+  {                                             \
+    BROADCAST(r)                                \
+    a##r = _mm512_dpbusd_epi32(a##r, x, w0);    \
+    b##r = _mm512_dpbusd_epi32(b##r, x, w1);    \
   }
 #define STORE(r) _mm512_storeu_si512(sums + r * kPanel, a##r);
+#define STORE2(r) STORE(r) _mm512_storeu_si512(next + r * kPanel, b##r);
 #define PANEL(R)                                                                                         \
   void panel_##R(const uint8_t* codes, int64_t stride, const uint8_t* w, int64_t steps, int32_t* sums) { \
     const __m512i zero = _mm512_setzero_si512();                                                         \
-    FXQUANT_ROWS_##R(ZERO) for (int64_t s = 0; s < steps; s++, w += 64) {                                \
+    FXQUANT_ROWS_##R(ZERO) for (int64_t s = 0; s < steps; s++, w += 64, codes += 4) {                    \
       const __m512i w0 = _mm512_loadu_si512(w);                                                          \
       FXQUANT_ROWS_##R(DOT)                                                                              \
     }                                                                                                    \
     FXQUANT_ROWS_##R(STORE)                                                                              \
+  }                                                                                                      \
+  void pair_##R(const uint8_t* codes, int64_t stride, const uint8_t* w, int64_t steps, int32_t* sums) {  \
+    const __m512i zero = _mm512_setzero_si512();                                                         \
+    const uint8_t* v = w + steps * 64;                                                                   \
+    int32_t* next = sums + R * kPanel;                                                                   \
+    FXQUANT_ROWS_##R(ZERO2) for (int64_t s = 0; s < steps; s++, w += 64, v += 64, codes += 4) {          \
+      const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(v);                              \
+      FXQUANT_ROWS_##R(DOT2)                                                                             \
+    }                                                                                                    \
+    FXQUANT_ROWS_##R(STORE2)                                                                             \
   }
 PANEL(1) PANEL(2) PANEL(3) PANEL(4) PANEL(5) PANEL(6) PANEL(7) PANEL(8) PANEL(9) PANEL(10) PANEL(11) PANEL(12)
 PANEL(13) PANEL(14)
 
-constexpr void (*kPanels[])(const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*) = {
-    panel_1, panel_2, panel_3, panel_4,  panel_5,  panel_6,  panel_7,
-    panel_8, panel_9, panel_10, panel_11, panel_12, panel_13, panel_14};
+using RowsFn = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*);
+constexpr RowsFn kPanels[] = {panel_1, panel_2, panel_3,  panel_4,  panel_5,  panel_6,  panel_7,
+                              panel_8, panel_9, panel_10, panel_11, panel_12, panel_13, panel_14};
+constexpr RowsFn kPairs[] = {pair_1, pair_2, pair_3,  pair_4,  pair_5,  pair_6,  pair_7,
+                             pair_8, pair_9, pair_10, pair_11, pair_12, pair_13, pair_14};
 
 void panel(const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* packed, const Layout& layout, int64_t p,
            int32_t* sums) {
   kPanels[rows - 1](codes, stride, packed + layout.weights + p * layout.steps * 64, layout.steps, sums);
+}
+
+void pair(const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* packed, const Layout& layout, int64_t p,
+          int32_t* sums) {
+  kPairs[rows - 1](codes, stride, packed + layout.weights + p * layout.steps * 64, layout.steps, sums);
 }
 
 void finish(const int32_t* sums, const int32_t* column_sums, const float* scale_w, const float* scale_x,
@@ -101,6 +131,6 @@ void finish(const int32_t* sums, const int32_t* column_sums, const float* scale_
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {quantize, panel, panel, finish, kMaxRows, kMaxRows, false};
+const Kernels kAvx512Vnni = {quantize, panel, panel, pair, finish, kMaxRows, kMaxRows, false};
 
 }  // namespace fxquant

@@ -56,6 +56,6 @@ void finish(const int32_t* sums, const int32_t* column_sums, const float* scale_
 
 }  // namespace
 
-const Kernels kScalar = {quantize, panel, panel, finish, kMaxRows, kMaxRows, false};
+const Kernels kScalar = {quantize, panel, panel, nullptr, finish, kMaxRows, kMaxRows, false};
 
 }  // namespace fxquant

@@ -116,15 +116,23 @@ Tensor linear_dynamic(const Tensor& x, const Tensor& packed, std::optional<Tenso
   return out;
 }
 
+// Sets an instruction set (-1: leaves the one in force) and puts the former one back, also where a check fails.
+struct Isa {
+  const int32_t before = fxquant_isa();
+
+  explicit Isa(int64_t isa) {
+    if (isa < 0 || fxquant_set_isa(static_cast<int32_t>(isa)) == isa) return;
+    fxquant_set_isa(before);
+    STD_TORCH_CHECK(false, "fxquant: this CPU does not run instruction set ", isa);
+  }
+  ~Isa() { fxquant_set_isa(before); }
+  Isa(const Isa&) = delete;
+};
+
 // Codes, scales, zero points and int32 sums as some instruction set computes them; for tests.
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_dynamic_int32(
     const Tensor& x, const Tensor& packed, int64_t out_features, int64_t weight_bits, int64_t act_bits, int64_t isa) {
-  const int32_t before = fxquant_isa();
-  if (isa >= 0) {
-    const int32_t chosen = fxquant_set_isa(static_cast<int32_t>(isa));
-    if (chosen != isa) fxquant_set_isa(before);
-    STD_TORCH_CHECK(chosen == isa, "fxquant: this CPU does not run instruction set ", isa);
-  }
+  const Isa forced(isa);
   const Problem problem(x, packed, out_features, weight_bits, act_bits);
   const int64_t m = problem.m, n = problem.n, k = problem.k;
   Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Byte);
@@ -132,18 +140,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_dynamic_int32(
   Tensor zero = torch::stable::new_empty(x, {m}, ScalarType::Int);
   Tensor sums = torch::stable::new_empty(x, {m, n}, ScalarType::Int);
   const auto scratch = problem.quantize();
-  const int64_t row_bytes = m ? (fxquant_linear_scratch_bytes(m, k, problem.weight_bits, problem.act_bits) - 2 * align64(m * 4)) / m : 0;
-  const bool wide = row_bytes > align64((k + kStep - 1) / kStep * kStep);
-  const uint8_t* rows = scratch.get() + 2 * align64(m * 4);
+  const bool wide = is_wide(problem.weight_bits, problem.act_bits);
+  const Scratch layout(m, k, wide);
   std::memcpy(data<float>(scale), scratch.get(), m * 4);
-  std::memcpy(data<int32_t>(zero), scratch.get() + align64(m * 4), m * 4);
+  std::memcpy(data<int32_t>(zero), scratch.get() + layout.zero_points, m * 4);
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < k; j++)
-      data<uint8_t>(codes)[i * k + j] = rows[i * row_bytes + j * (wide ? 2 : 1)];
+      data<uint8_t>(codes)[i * k + j] = scratch[layout.codes + i * layout.stride + j * (wide ? 2 : 1)];
   problem.tiles([&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     fxquant_linear_tile_int32(scratch.get(), m, problem.packed, m0, m1, n0, n1, data<int32_t>(sums) + m0 * n + n0, n);
   });
-  fxquant_set_isa(before);
   return {codes, scale, zero, sums};
 }
 
@@ -152,6 +158,8 @@ Tensor pack_linear(const Tensor& codes, const Tensor& scales, int64_t weight_bit
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.dim() == 2, "fxquant::pack_linear: codes must be int8 [n, k]");
   STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.dim() == 1 && scales.size(0) == codes.size(0),
                   "fxquant::pack_linear: scales must be float32, one a row of codes");
+  STD_TORCH_CHECK(codes.size(0) > 0 && codes.size(1) > 0 && codes.size(1) <= kMaxFeatures,
+                  "fxquant::pack_linear: codes must have at least one row and 1 to ", kMaxFeatures, " columns");
   const Tensor rows = as_contiguous(codes), factors = as_contiguous(scales);
   const int64_t n = codes.size(0), k = codes.size(1);
   Tensor out = torch::stable::new_empty(codes, {fxquant_linear_packed_bytes(n, k, weight_bits, act_bits)}, ScalarType::Byte);

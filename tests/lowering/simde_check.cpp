@@ -42,6 +42,14 @@ int main() {
           (scheduled ? TABLE.panel_15 : TABLE.panel_8x8)(a.data(), stride, rows, packed.data(), layout, p, sums.data());
           kScalar.panel_8x8(a.data(), stride, rows, packed.data(), layout, p, wanted.data());
           differences += std::memcmp(sums.data(), wanted.data(), rows * 64) != 0;
+          if (TABLE.pair && p + 1 < layout.panels) {
+            std::vector<int32_t> both(2 * rows * 16);
+            TABLE.pair(a.data(), stride, rows, packed.data(), layout, p, both.data());
+            differences += std::memcmp(both.data(), wanted.data(), rows * 64) != 0;
+            kScalar.panel_8x8(a.data(), stride, rows, packed.data(), layout, p + 1, sums.data());
+            differences += std::memcmp(&both[rows * 16], sums.data(), rows * 64) != 0;
+            std::memcpy(sums.data(), wanted.data(), rows * 64);
+          }
           const int64_t columns = std::min<int64_t>(16, n - p * 16);
           const auto* column_sums = reinterpret_cast<const int32_t*>(packed.data() + layout.sums) + p * 16;
           const auto* scale_w = reinterpret_cast<const float*>(packed.data() + layout.scales) + p * 16;

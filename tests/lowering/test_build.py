@@ -1,3 +1,5 @@
+import ctypes
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +12,69 @@ from fxquant.lowering.cpu import build
 SIMDE = Path("/usr/include/simde")
 
 
-def test_the_library_is_built_once_and_a_damaged_one_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def quick_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the compiler: writes something to every output and counts the links. Returns the count's file."""
+    script, links = tmp_path / "c++", tmp_path / "links"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'for word; do [ "$word" = -shared ] && sleep 1 && echo x >> {links}; done\n'
+        'while [ "$1" != -o ]; do shift; done\n'
+        'seq 1000 > "$2"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    return links
+
+
+def test_the_library_builds_and_holds_its_c_interface(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    library = ctypes.CDLL(str(build.library_path(tmp_path)))
+    assert "building the kernel library (once a machine)" in capfd.readouterr().err
+    declared = re.findall(r"(fxquant_\w+)\(", (build.SOURCES / "linear.h").read_text())
+    assert len(declared) > 5
+    assert all(hasattr(library, name) for name in declared)
+
+
+def test_a_library_is_built_once_and_a_damaged_one_again(
+    tmp_path: Path, quick_compiler: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = build.library_path(tmp_path)
     first = path.stat().st_mtime_ns
     assert "building the kernel library (once a machine)" in capfd.readouterr().err
     assert build.library_path(tmp_path).stat().st_mtime_ns == first
     assert capfd.readouterr().err == ""
-    path.write_bytes(path.read_bytes()[:1000])
-    assert build.library_path(tmp_path).stat().st_size > 1000
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    assert build.library_path(tmp_path).read_bytes() == whole
     assert "building" in capfd.readouterr().err
+    path.with_suffix(".sha256").unlink()
+    build.library_path(tmp_path)
+    assert quick_compiler.read_text().count("x") == 3
+
+
+def test_two_processes_build_once(tmp_path: Path, quick_compiler: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from fxquant.lowering.cpu.build import library_path as p; p(Path(sys.argv[1]))"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "cache")], stderr=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[1].count(b"building") for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(said) == [0, 1]
+    assert quick_compiler.read_text().count("x") == 1
+
+
+def test_another_torch_or_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = build._file_name.__wrapped__
+    name = digest()
+    monkeypatch.setattr("torch.__version__", "0.0")
+    other_torch = digest()
+    monkeypatch.undo()
+    for source in build.SOURCES.glob("*.[ch]*"):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    assert digest() == name
+    (tmp_path / "pack.cpp").write_bytes(b"")
+    assert len({name, other_torch, digest()}) == 3
 
 
 def test_without_a_compiler_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +123,7 @@ def test_vnni_kernels_run_through_simde_without_vnni(unit: str, table: str, tmp_
     assert done.returncode == 0
 
 
-def test_it_builds_ahead_of_time(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fxquant.lowering.cpu.build", "--into", str(tmp_path)]
+def test_it_builds_ahead_of_time(tmp_path: Path, quick_compiler: Path) -> None:
+    command = [sys.executable, "-m", "fxquant.lowering.cpu.build", "--into", str(tmp_path / "new")]
     subprocess.run(command, check=True, capture_output=True)
-    assert len(list(tmp_path.glob("libfxquant-*.so"))) == 1
+    assert [path.name for path in (tmp_path / "new").glob("*.so")] == [build._file_name()]

@@ -1,5 +1,9 @@
 """Every instruction set's kernels against the reference: the same codes, the same sums, the same float bits."""
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +13,7 @@ from torch import Tensor
 import fxquant.ops
 from fxquant import reference
 from fxquant.config import ISAS
+from fxquant.lowering.cpu.build import library_path
 from fxquant.lowering.isa import available_isas
 from fxquant.lowering.pack import pack_linear
 from fxquant.schemes import SCHEMES, Scheme
@@ -43,10 +48,24 @@ def assert_same(x: Tensor, weight: Tensor, scheme: Scheme, bias: Tensor | None =
                 torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()])
             )  # fmt: skip
             assert same, f"{ISAS[isa]}, {scheme}, {tuple(x.shape)} x {n}: {name}"
-    y = torch.ops.fxquant.linear_dynamic(x, packed, bias, n, *bits)
     wanted = reference.linear_dynamic(x, codes, scale, bias, scheme.act_bits)
-    assert torch.equal(y.isnan(), wanted.isnan())
-    assert torch.equal(y.nan_to_num(), wanted.nan_to_num())
+    for isa in LEVELS:
+        with at_most(isa):
+            y = torch.ops.fxquant.linear_dynamic(x, packed, bias, n, *bits)
+        assert torch.equal(y.isnan(), wanted.isnan()), f"{ISAS[isa]}, {scheme}, {tuple(x.shape)} x {n}: NaN"
+        assert torch.equal(y.nan_to_num(), wanted.nan_to_num()), f"{ISAS[isa]}, {scheme}, {tuple(x.shape)} x {n}: values"
+
+
+@contextmanager
+def at_most(isa: int) -> Iterator[None]:
+    """Kernels of one instruction set, then the former ones."""
+    library = ctypes.CDLL(str(library_path()))
+    before = library.fxquant_isa()
+    assert library.fxquant_set_isa(isa) == isa
+    try:
+        yield
+    finally:
+        library.fxquant_set_isa(before)
 
 
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
@@ -108,6 +127,44 @@ def test_any_shape(m: int, n: int, k: int, seed: int, which: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator) * 10 ** float(torch.randint(-6, 7, (1,), generator=generator))
     assert_same(x, torch.randn(n, k, generator=generator), ALL_SCHEMES[which])
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=st.lists(st.floats(width=32), min_size=1, max_size=70), which=st.integers(0, 2))
+def test_any_row_of_floats(values: list[float], which: int) -> None:
+    assert_same(torch.tensor([values]), torch.eye(len(values)), ALL_SCHEMES[which])
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: str(ISAS[isa]))
+def test_a_tile_is_written_whole_and_nothing_beside_it(isa: int, scheme: Scheme) -> None:
+    (m, n, k), (m0, m1, n0, n1) = (40, 90, 70), (3, 37, 16, 77)
+    x, weight, bits = torch.randn(m, k), torch.randn(n, k), (scheme.weight_bits, scheme.act_bits)
+    packed, out = pack_linear(weight, scheme), torch.full((m, 128), float("nan"))
+    wanted = torch.ops.fxquant.linear_dynamic(x, packed, None, n, *bits)[m0:m1, n0:n1]
+    with at_most(isa):
+        library = ctypes.CDLL(str(library_path()))
+        library.fxquant_linear_scratch_bytes.restype = ctypes.c_int64
+        long, pointer = ctypes.c_int64, ctypes.c_void_p
+        size = library.fxquant_linear_scratch_bytes(long(m), long(k), *bits)
+        scratch = torch.full((size,), 255, dtype=torch.uint8)
+        place = pointer(scratch.data_ptr())
+        library.fxquant_quantize_rows(pointer(x.data_ptr()), long(k), long(0), long(m), long(k), *bits, place, long(m))
+        library.fxquant_linear_tile(
+            place, long(m), pointer(packed.data_ptr()), long(m0), long(m1), long(n0), long(n1),
+            pointer(out[m0, n0:].data_ptr()), long(out.stride(0)),
+        )  # fmt: skip
+    assert torch.equal(out[m0:m1, n0:n1], wanted)
+    assert int(out.isnan().sum()) == out.numel() - wanted.numel()
+
+
+def test_a_refused_call_leaves_the_instruction_set_alone() -> None:
+    before = ctypes.CDLL(str(library_path())).fxquant_isa()
+    with pytest.raises(RuntimeError, match="no packed weight"):
+        torch.ops.fxquant.linear_dynamic_int32(torch.randn(1, 4), torch.zeros(64, dtype=torch.uint8), 4, 8, 8, 0)
+    with pytest.raises(RuntimeError, match="does not run instruction set 9"):
+        torch.ops.fxquant.linear_dynamic_int32(torch.randn(1, 4), torch.zeros(64, dtype=torch.uint8), 4, 8, 8, 9)
+    assert ctypes.CDLL(str(library_path())).fxquant_isa() == before
 
 
 def test_one_and_two_threads_give_the_same_bits() -> None:

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxquant.ops
 from fxquant import reference
 from fxquant.lowering.pack import pack_linear
-from fxquant.schemes import Scheme
+from fxquant.schemes import SCHEMES, Scheme
 
 assert fxquant.ops.LIBRARY is not None
 
@@ -13,6 +14,30 @@ assert fxquant.ops.LIBRARY is not None
 def test_linear_dynamic_is_a_good_citizen(test: str) -> None:
     args = (torch.randn(2, 3, 16), pack_linear(torch.randn(8, 16), Scheme(8, 8)), torch.randn(8), 8, 8, 8)
     torch.library.opcheck(torch.ops.fxquant.linear_dynamic, args, test_utils=test)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (17, 5), (64, 384), (200, 130)])
+def test_packing_is_a_good_citizen_and_its_size_is_known(shape: tuple[int, int], scheme: Scheme) -> None:
+    bits = (scheme.weight_bits, scheme.act_bits)
+    args = (*reference.quantize_weight(torch.randn(shape), scheme.weight_bits), *bits)
+    assert torch.ops.fxquant.pack_linear(*args).numel() == fxquant.ops.packed_bytes(*shape, *bits)
+    torch.library.opcheck(torch.ops.fxquant.pack_linear, args, test_utils=["test_schema", "test_faketensor"])
+
+
+def test_the_int32_form_is_a_good_citizen() -> None:
+    args = (torch.randn(2, 3, 16), pack_linear(torch.randn(8, 16), Scheme(8, 8)), 8, 8, 8, -1)
+    torch.library.opcheck(torch.ops.fxquant.linear_dynamic_int32, args, test_utils=["test_schema", "test_faketensor"])
+
+
+def test_batches_of_any_size_share_one_compiled_graph() -> None:
+    packed, graphs = pack_linear(torch.randn(8, 16), Scheme(8, 7)), CompileCounterWithBackend("aot_eager")
+    op = torch.ops.fxquant.linear_dynamic
+    compiled = torch.compile(lambda x: op(x * 2, packed, None, 8, 8, 7) + 1, backend=graphs, dynamic=True)
+    for rows in (2, 3, 50):
+        x = torch.randn(rows, 16)
+        assert torch.equal(compiled(x), op(x * 2, packed, None, 8, 8, 7) + 1)
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("op", [torch.ops.fxquant.fake_quant_per_token, torch.ops.fxquant.fake_quant_per_channel])

@@ -101,6 +101,8 @@ def test_the_operators_check_their_operands() -> None:
         call(torch.randn(2, 16), packed, torch.randn(9), 8, 8, 8)
     with pytest.raises(RuntimeError, match="no kernel for w4a4"):
         call(torch.randn(2, 16), packed, None, 8, 4, 4)
+    with pytest.raises(RuntimeError, match=f"1 to {MAX_K} columns"):
+        torch.ops.fxquant.pack_linear(torch.zeros((2, 0), dtype=torch.int8), torch.ones(2), 8, 8)
     with pytest.raises(RuntimeError, match="outside the range of 7 bits"):
         torch.ops.fxquant.pack_linear(torch.full((2, 4), 100, dtype=torch.int8), torch.ones(2), 7, 7)
 
