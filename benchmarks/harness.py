@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], Any]
+SETTLE_S = 0.05  # the thread pools of ONNX Runtime, OpenVINO and OpenMP are asleep by then
+UNTIMED = 3
+TIMED = 3
 
 
 @dataclass
@@ -36,19 +39,28 @@ class Row:
 
 
 def measure(calls: dict[str, Call], rounds: int, seconds: float = 60.0) -> dict[str, Row]:
-    """Interleaved rounds of every call; stops early after ``seconds``."""
+    """Interleaved rounds of every call; stops early after ``seconds``.
+
+    Each turn starts with a pause and a few untimed calls: the idle threads of the runner before it keep spinning on the
+    cores for a while, and would be charged to this one.
+    """
     rows = {name: Row(name) for name in calls}
-    for call in calls.values():
-        call()
     start = time.perf_counter()
-    for _ in range(rounds):
+    for done in range(rounds):
         for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            rows[name].times.append(time.perf_counter() - begin)
-        if time.perf_counter() - start > seconds and len(next(iter(rows.values())).times) > 4:
+            time.sleep(SETTLE_S)
+            for _ in range(UNTIMED):
+                call()
+            rows[name].times += [_seconds(call) for _ in range(TIMED)]
+        if time.perf_counter() - start > seconds and done > 4:
             break
     return rows
+
+
+def _seconds(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def cosine(a: Tensor, b: Tensor, kept: Tensor) -> float:

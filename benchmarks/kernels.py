@@ -1,16 +1,25 @@
-"""One linear, dynamic quantization included, against F.linear: ``python benchmarks/kernels.py [--isa avx2]``."""
+"""One linear, dynamic quantization included, against float: ``python benchmarks/kernels.py [--isa avx2] [--threads 1]``.
+
+There are two float baselines: F.linear (MKL, which on AMD runs AVX2 code whatever the CPU has) and oneDNN with a weight
+packed ahead, the stronger one where there is AVX-512. Caches are warm: each call is repeated a few times in its turn.
+
+Calls are interleaved. The figure of a call is the 15th percentile of its times, for both sides alike: on a shared machine
+the median of a two-thread call mostly measures the neighbours. The column "median" (over that percentile) shows how busy
+the machine was; far from 1.0 a row says little.
+"""
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
+from functools import partial
 
 import torch
-from harness import measure
+from harness import Call, Row, measure
 from minilm import AVX2
 from torch.nn.functional import linear
 
-import fxquant.ops
 from fxquant.config import ISAS
 from fxquant.lowering.cpu.build import load_library
 from fxquant.lowering.isa import available_isas
@@ -26,39 +35,60 @@ SHAPES = (
     (16, 768, 3072),
     (1, 768, 3072),
 )
+QUICK = SHAPES[:2]
 
 
 def main() -> None:
     """A table of ratios for every shape, scheme and instruction set."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", choices=["avx2"], help="hold torch, oneDNN and MKL to AVX2 too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="two shapes, one second each")
     options = parser.parse_args()
     if options.isa and os.environ.get("FXQUANT_ISA") != options.isa:
         sys.exit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, **AVX2}))
-    isas = ["avx2"] if options.isa else [isa for isa in available_isas() if isa != "scalar"]
-    print(f"torch capability {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
-    print("| M x K x N | scheme | instruction set | us | F.linear, us | ratio | GOP/s |\n|---|---|---|---|---|---|---|")
-    for shape in SHAPES:
-        compare(shape, isas)
+    torch.set_num_threads(options.threads)
+    isas = [options.isa] if options.isa else [isa for isa in available_isas() if isa != "scalar"]
+    print(f"torch capability {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads\n")
+    print("| M x K x N | scheme | instruction set | us | median | GOP/s | F.linear, us | median | ratio | oneDNN, us | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for shape in QUICK if options.quick else SHAPES:
+        for isa in isas:
+            compare(shape, isa, seconds=1.0 if options.quick else 6.0)
 
 
-def compare(shape: tuple[int, int, int], isas: list[str]) -> None:
-    """All schemes on one shape."""
+@torch.no_grad()
+def compare(shape: tuple[int, int, int], isa: str, seconds: float) -> None:
+    """All schemes on one shape and instruction set."""
     m, k, n = shape
     x, weight, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
-    for isa in isas:
-        load_library(isa=ISAS.index(isa))
-        calls = {"float": lambda: linear(x, weight, bias)}
-        for name, scheme in SCHEMES.items():
-            packed = pack_linear(weight, scheme)
-            bits = (scheme.weight_bits, scheme.act_bits)
-            calls[name] = lambda p=packed, b=bits: fxquant.ops.torch.ops.fxquant.linear_dynamic(x, p, bias, n, *b)  # type: ignore[misc]
-        rows = measure(calls, rounds=300, seconds=6)
-        base = rows["float"].median * 1e3
-        for name in SCHEMES:
-            spent = rows[name].median * 1e3
-            gops = 2 * m * k * n / spent / 1e3
-            print(f"| {m}x{k}x{n} | {name} | {isa} | {spent:.0f} | {base:.0f} | {base / spent:.2f} | {gops:.0f} |", flush=True)
+    load_library(isa=ISAS.index(isa))
+    ahead = torch.ops.mkldnn._reorder_linear_weight(weight, m)
+    calls: dict[str, Call] = {
+        "float": partial(linear, x, weight, bias),
+        "oneDNN": partial(torch.ops.mkldnn._linear_pointwise.default, x, ahead, bias, "none", [], ""),
+    }
+    for name, scheme in SCHEMES.items():
+        packed = pack_linear(weight, scheme)
+        op = torch.ops.fxquant.linear_dynamic.default
+        calls[name] = partial(op, x, packed, bias, n, scheme.weight_bits, scheme.act_bits)
+    rows = measure(calls, rounds=2000, seconds=seconds)
+    (base, base_busy), (ahead_us, _) = figures(rows["float"]), figures(rows["oneDNN"])
+    for name in SCHEMES:
+        spent, busy = figures(rows[name])
+        gops = 2 * m * k * n / spent / 1e3
+        print(
+            f"| {m}x{k}x{n} | {name} | {isa} | {spent:.0f} | {busy:.2f} | {gops:.0f} | {base:.0f} | {base_busy:.2f} "
+            f"| {base / spent:.2f} | {ahead_us:.0f} | {ahead_us / spent:.2f} |",
+            flush=True,
+        )
+
+
+def figures(row: Row) -> tuple[float, float]:
+    """Microseconds of a call, and the median over them."""
+    times = sorted(row.times)
+    spent = times[len(times) * 15 // 100]
+    return 1e6 * spent, statistics.median(times) / spent
 
 
 if __name__ == "__main__":
