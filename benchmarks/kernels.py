@@ -20,6 +20,7 @@ from harness import Call, Row, measure
 from minilm import AVX2
 from torch.nn.functional import linear
 
+import fxquant.ops  # noqa: F401 - defines the operators
 from fxquant.config import ISAS
 from fxquant.lowering.cpu.build import load_library
 from fxquant.lowering.isa import available_isas
