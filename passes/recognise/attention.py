@@ -47,7 +47,9 @@ def _rule(place: str) -> Rule:
 
     def rewrite(q: Tensor, kt: Tensor, v: Tensor, s: float | None, mask: Tensor | None, **unused: Any) -> Tensor:
         scale = factor(1.0 if s is None else s)
-        return scaled_dot_product_attention(q, kt.transpose(-2, -1), v, attn_mask=mask, scale=scale)
+        return scaled_dot_product_attention(
+            q, kt.transpose(-2, -1), v, attn_mask=mask, scale=scale
+        ).contiguous()  # a matmul's result is, and a later view relies on it
 
     return Rule(
         pattern,

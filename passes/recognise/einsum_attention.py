@@ -59,7 +59,9 @@ def _split(equation: str) -> tuple[tuple[str, str], str]:
 
 def rewrite(q: Tensor, k: Tensor, v: Tensor, s: float | None, divisor: float | None, **equations: Any) -> Tensor:
     scale = 1.0 if s is None and divisor is None else s if divisor is None else 1.0 / divisor
-    return scaled_dot_product_attention(q, k, v, scale=scale)
+    return scaled_dot_product_attention(
+        q, k, v, scale=scale
+    ).contiguous()  # a matmul's result is, and a later view relies on it
 
 
 RULE = Rule(

@@ -25,6 +25,8 @@ _VIEWS = (
 
 def is_finite(node: fx.Node) -> bool:
     """Whether every element is finite in the node's dtype, whatever the graph's inputs are."""
+    if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in node.graph.nodes):
+        return False  # something may write to the mask, or to a view of it
     span = interval(node)
     value = node.meta.get("val")
     if span is None or not isinstance(value, Tensor) or not value.dtype.is_floating_point:
@@ -44,6 +46,8 @@ def interval(value: Any) -> Interval | None:
         return (0.0, 1.0)
     if value.op != "call_function" or not isinstance(value.target, torch._ops.OpOverload):
         return None
+    if not isinstance(meta, Tensor) or meta.dtype != torch.float32 or "alpha" in value.kwargs:
+        return None  # half precision may have overflowed; a factor alpha is not followed
     name = value.target._schema.name.partition("::")[2]
     if name in _VIEWS or (name in ("to", "_to_copy") and isinstance(meta, Tensor) and meta.dtype == torch.float32):
         return interval(value.args[0])
