@@ -1,8 +1,7 @@
 """What a user calls: explain, report and refresh."""
 
-import inspect
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +11,7 @@ from fxquant.config import resolve_options
 from fxquant.errors import ReportError
 
 if TYPE_CHECKING:
-    from fxquant.reporting.record import GraphRecord
     from fxquant.reporting.report import Report
-    from fxquant.tracker import CompiledGraph
 
 
 def explain(model: Callable[..., Any], /, *args: Any, options: object = None, **kwargs: Any) -> "Report":
@@ -57,12 +54,16 @@ def report(compiled: Callable[..., Any]) -> "Report":
     from fxquant.reporting.report import Report
     from fxquant.tracker import tracker
 
-    if isinstance(compiled, torch.nn.Module):
-        # Modules are known by their Parameters; many models share the code of one wrapper function.
-        names = _parameter_names(compiled)
-        records = [record for graph in tracker().graphs() for record in graph.records_for(names)]
-    else:
-        records = _function_records(getattr(compiled, "_torchdynamo_orig_callable", compiled), tracker().graphs())
+    names = _parameter_names(compiled)
+    # Modules are known by their Parameters; many models share the code of one wrapper function.
+    function = None if isinstance(compiled, torch.nn.Module) else compiled
+    code = getattr(getattr(function, "_torchdynamo_orig_callable", function), "__code__", None)
+    place = (code.co_filename, code.co_firstlineno) if code is not None else None
+    records = [
+        record
+        for graph in tracker().graphs()
+        for record in (graph.records_for(None) if place == graph.code else graph.records_for(names))
+    ]
     if not records:
         raise ReportError(
             'report: no graph of this object was compiled with backend="fxquant"; call the compiled model once first'
@@ -86,30 +87,9 @@ def _call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     return target(*args, **kwargs)
 
 
-def _parameter_names(module: torch.nn.Module) -> dict[int, str]:
+def _parameter_names(compiled: Callable[..., Any]) -> dict[int, str]:
+    module = getattr(compiled, "_orig_mod", compiled)
+    if not isinstance(module, torch.nn.Module):
+        return {}
     named = [*module.named_parameters(), *module.named_buffers()]
     return {id(tensor): name.replace("_orig_mod.", "") for name, tensor in named}
-
-
-def _function_records(function: Callable[..., Any], graphs: "list[CompiledGraph]") -> "list[GraphRecord]":
-    """The records of a function's own graphs; functions that share one code are told apart by the weights they see."""
-    code = getattr(function, "__code__", None)
-    mine = [graph for graph in graphs if code is not None and graph.is_part_of(code)]
-    seen = {id(tensor): "" for tensor in _tensors_of(function)}
-    told_apart = [r for graph in mine for r in graph.records_for(seen if seen and graph.has_parameters else None)]
-    return told_apart or [record for graph in mine for record in graph.records_for(None)]
-
-
-def _tensors_of(function: Callable[..., Any]) -> Iterator[torch.Tensor]:
-    """The weights that a function or method reaches by its closure, its globals and its object."""
-    found = inspect.getclosurevars(function)
-    pending = [getattr(function, "__self__", None), *found.nonlocals.values(), *found.globals.values()]
-    for value in pending:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, torch.nn.Module):
-            yield from (*value.parameters(), *value.buffers())
-        elif isinstance(value, (list, tuple)):
-            pending.extend(value)
-        elif isinstance(value, dict):
-            pending.extend(value.values())

@@ -28,7 +28,7 @@ from fxquant.passes.fuse.linear import fuse_linears
 from fxquant.passes.quantize.linear import quantize_linear
 from fxquant.passes.recognise import recognise
 from fxquant.passes.verify import verify
-from fxquant.plan import check_patterns, unmatched_patterns
+from fxquant.plan import check_patterns
 from fxquant.planning import Planned, make_plan
 from fxquant.reporting.dump import Dumper
 from fxquant.reporting.logs import setup_logging
@@ -141,10 +141,8 @@ def plan(captured: Captured, args: Sequence[Any], graph: CompiledGraph, dry_run:
     """Every candidate site gets a scheme or a reason."""
     with graph.stage("plan", captured.gm):
         planned = make_plan(captured.gm, graph.config, graph.isa, args, dry_run)
-        sites = tuple(decision.site for decision in planned.plan.decisions)
-        graph.unmatched = unmatched_patterns(graph.config, sites)
         if not (graph.is_partial or tracker().has_partial(graph.config)):
-            check_patterns(tracker().still_unmatched(graph), sites)
+            check_patterns(graph.config, tuple(d.site for d in planned.plan.decisions))
     graph.set_plan(planned)
     log_plan.info("%s:\n%s", graph.record.place, planned.plan)
     return planned
@@ -195,9 +193,7 @@ def _compile_float(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph
     graph.stay_float(str(refusal))
     log_passes.info("%s stays float: %s", graph.record.place, refusal)
     if refusal.warning is not None:
-        # Every graph of a training run would say the same: without its place Python shows the sentence once.
-        place = "" if refusal.warning is GradModeWarning else f"{graph.record.place}: "
-        warnings.warn(f"fxquant: {place}{refusal}", refusal.warning, stacklevel=2)
+        warnings.warn(f"fxquant: {graph.record.place}: {refusal}", refusal.warning, stacklevel=2)
     run = gm.forward if graph.config.codegen == "ops" else compile_fx(gm, args, graph.config.inductor)
 
     def runner(*values: Any) -> Any:

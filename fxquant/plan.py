@@ -97,9 +97,9 @@ def unmatched_patterns(config: FxQuantConfig, sites: tuple[Site, ...]) -> list[s
     return [pattern for pattern in config.sites if not any(site_matches(pattern, site) for site in sites)]
 
 
-def check_patterns(unmatched: list[str], sites: tuple[Site, ...]) -> None:
-    """Raise ConfigError, with the nearest site names, where a pattern matched nothing."""
-    for pattern in unmatched:
+def check_patterns(config: FxQuantConfig, sites: tuple[Site, ...]) -> None:
+    """Raise ConfigError, with the nearest site names, where a pattern of ``sites`` matches nothing."""
+    for pattern in unmatched_patterns(config, sites):
         paths = list(dict.fromkeys(site.path or site.name for site in sites))
         close = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:3]
         raise ConfigError(f"sites: the pattern {pattern!r} matches no site; nearest: {', '.join(map(repr, close))}")

@@ -4,9 +4,7 @@ The tracker holds weak references only: a graph that Dynamo drops leaves no trac
 """
 
 import functools
-import itertools
 import time
-import types
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +42,6 @@ class CompiledGraph:
         )
         self.bound: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], dict[str, Packed]]] = {}
         self.binder: Binder | None = None
-        self.unmatched = list(config.sites)  # patterns that name no site of this graph
         self._parameters = [weakref.ref(arg) for arg in args if isinstance(arg, torch.nn.Parameter)]
 
     def note(self, sentence: str, **changes: Any) -> None:
@@ -101,16 +98,6 @@ class CompiledGraph:
         if self.binder is not None:
             self.binder.forget(ids)
 
-    def is_part_of(self, code: types.CodeType) -> bool:
-        """Whether this graph is a function's own, or what follows a graph break in it."""
-        rest = self.record.name.startswith(f"torch_dynamo_resume_in_{code.co_name}_at_")
-        return self.code[0] == code.co_filename and (rest or self.code[1] == code.co_firstlineno)
-
-    @property
-    def has_parameters(self) -> bool:
-        """Whether some Parameter is an input of this graph."""
-        return bool(self._parameters)
-
     def records_for(self, names: dict[int, str] | None) -> list[GraphRecord]:
         """One record a bound set of Parameters among ``names`` (id → name; None: all of them)."""
         if not self.bound:
@@ -131,27 +118,21 @@ class Tracker:
     """All compiled graphs that are alive."""
 
     def __init__(self) -> None:
-        self._graphs: weakref.WeakValueDictionary[int, CompiledGraph] = weakref.WeakValueDictionary()
-        self._numbers = itertools.count()
+        self._graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
     def start(self, gm: fx.GraphModule, args: Sequence[Any], config: FxQuantConfig, isa: str) -> CompiledGraph:
         """The record of a graph whose compilation starts now."""
         graph = CompiledGraph(gm, args, config, isa)
-        self._graphs[next(self._numbers)] = graph
+        self._graphs.add(graph)
         return graph
 
     def graphs(self) -> list[CompiledGraph]:
-        """Every live graph, in the order in which they were compiled."""
-        return list(self._graphs.values())
+        """Every live graph."""
+        return list(self._graphs)
 
     def has_partial(self, config: FxQuantConfig) -> bool:
         """Whether some graph of this config is only a part of its function (a graph break)."""
-        return any(graph.is_partial and graph.config == config for graph in self.graphs())
-
-    def still_unmatched(self, graph: CompiledGraph) -> list[str]:
-        """The patterns that name no site of this graph nor of another graph of its function (another branch of it)."""
-        family = [other for other in self.graphs() if other.code == graph.code and other.config == graph.config]
-        return [pattern for pattern in graph.unmatched if all(pattern in other.unmatched for other in family)]
+        return any(graph.is_partial and graph.config == config for graph in self._graphs)
 
 
 @functools.cache
