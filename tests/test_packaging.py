@@ -33,7 +33,7 @@ def test_a_wheel_runs_a_kernel_from_any_folder(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(unpacked)
-    assert {"fxquant/lowering/cpu/linear.h", "fxquant/lowering/cpu/ops.cpp", "fxquant/py.typed"} <= set(names)
+    assert {"fxquant/lowering/cpu/linear.h", "fxquant/lowering/cpu/linear_ops.cpp", "fxquant/py.typed"} <= set(names)
     run = [sys.executable, "-W", "ignore", "-c", SCRIPT]
     done = subprocess.run(run, cwd=tmp_path, env={**env(), "PYTHONPATH": str(unpacked)}, capture_output=True, text=True)
     assert "kernel ran True" in done.stdout, done.stderr[-2000:]

@@ -27,15 +27,18 @@ SOURCES = Path(__file__).resolve().parent
 DEFAULT_CACHE = Path("~/.cache/fxquant")
 _COMMON = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DNDEBUG")
 _AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+_TORCH = ("-DTORCH_TARGET_VERSION=0x020d000000000000",)  # a file with operators: torch's stable C++ ABI
 # File → what it needs beyond the common flags. Only a path's own file is compiled for its instruction set.
 UNITS: dict[str, tuple[str, ...]] = {
+    "isa.cpp": (),
     "pack.cpp": (),
-    "dispatch.cpp": (),
+    "linear.cpp": (),
     "linear_scalar.cpp": (),
     "linear_avx2.cpp": _AVX2,
     "linear_avxvnni.cpp": (*_AVX2, "-mavxvnni"),
-    "linear_avx512vnni.cpp": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
-    "ops.cpp": ("-DTORCH_TARGET_VERSION=0x020d000000000000",),
+    "linear_avx512vnni.cpp": _AVX512,
+    "linear_ops.cpp": _TORCH,
 }
 
 

@@ -6,7 +6,9 @@
 #define FXQUANT_TILE_ROWS 96
 #define FXQUANT_TILE_COLUMNS 64
 
+#ifndef FXQUANT_EXPORT
 #define FXQUANT_EXPORT __attribute__((visibility("default")))
+#endif
 
 extern "C" {
 // Bytes of a packed weight [n, k]; depends on nothing else, so a packed weight is a graph input of fixed shape.
@@ -33,7 +35,4 @@ FXQUANT_EXPORT void fxquant_linear_tile_int32(
 // Rows and columns of one output tile: at most FXQUANT_TILE_ROWS x FXQUANT_TILE_COLUMNS, enough tiles for all threads.
 FXQUANT_EXPORT void fxquant_linear_tiles(
     int64_t m, int64_t n, int32_t weight_bits, int32_t act_bits, int64_t threads, int64_t* rows, int64_t* columns);
-// The instruction set in force: 0 scalar, 1 avx2, 2 avx_vnni, 3 avx512_vnni. Setting never goes above the CPU's.
-FXQUANT_EXPORT int32_t fxquant_isa(void);
-FXQUANT_EXPORT int32_t fxquant_set_isa(int32_t isa);
 }

@@ -1,4 +1,5 @@
-// The fxquant:: operators on torch's stable ABI. Schemas are defined in Python (fxquant/ops.py).
+// The linear operators on torch's stable ABI. Schemas are defined in Python (fxquant/ops/linear.py).
+#include "isa.h"
 #include "layout.h"
 #include "linear.h"
 

@@ -1,4 +1,4 @@
-"""What each fxquant:: operator means, in plain PyTorch: slow, clear, and what every kernel must equal bit for bit.
+"""The low-bit linear: slow, clear, and what every kernel must equal bit for bit.
 
 Weights, b bits, per output channel, symmetric (qmax = 2^(b-1) - 1), all in float32::
 

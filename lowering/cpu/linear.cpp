@@ -1,10 +1,9 @@
-// Picks the kernels for this CPU and implements the C interface on top of them.
+// Picks the linear kernels of the instruction set in force and implements their C interface.
+#include "isa.h"
 #include "layout.h"
 #include "linear.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cpuid.h>
 #include <cstring>
 
 using namespace fxquant;
@@ -12,26 +11,6 @@ using namespace fxquant;
 namespace {
 
 constexpr const Kernels* kTable[] = {&kScalar, &kAvx2, &kAvxVnni, &kAvx512Vnni};
-
-int32_t detect() {
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    return 3;
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool avx_vnni = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-  return avx_vnni ? 2 : 1;
-}
-
-// A CPU with AVX512-VNNI need not have AVX-VNNI: that level then runs the AVX2 kernels.
-bool runs(int32_t isa) {
-  if (isa != 2) return isa <= detect();
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return detect() >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-}
-
-std::atomic<int32_t> current{-1};
 
 const Kernels& kernels() { return *kTable[fxquant_isa()]; }
 
@@ -78,22 +57,6 @@ void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, 
 
 bool fxquant::is_wide(int32_t weight_bits, int32_t act_bits) {
   return !has_schedule(weight_bits, act_bits) && kernels().wide_8x8;
-}
-
-extern "C" int32_t fxquant_isa(void) {
-  int32_t isa = current.load(std::memory_order_relaxed);
-  if (isa < 0) {
-    isa = detect();
-    current.store(isa, std::memory_order_relaxed);
-  }
-  return isa;
-}
-
-extern "C" int32_t fxquant_set_isa(int32_t isa) {
-  int32_t chosen = std::clamp(isa, 0, 3);
-  while (!runs(chosen)) chosen--;
-  current.store(chosen, std::memory_order_relaxed);
-  return chosen;
 }
 
 extern "C" void fxquant_linear_tiles(

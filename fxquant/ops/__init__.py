@@ -1,0 +1,6 @@
+"""The fxquant:: operators: importing this package defines all of them."""
+
+from fxquant.ops.library import LIBRARY
+from fxquant.ops.linear import packed_bytes
+
+__all__ = ["LIBRARY", "packed_bytes"]

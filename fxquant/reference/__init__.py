@@ -1,0 +1,23 @@
+"""What each fxquant:: operator means, in plain PyTorch: slow, clear, and what every kernel must equal."""
+
+from fxquant.reference.linear import (
+    MAX_K,
+    SMALLEST,
+    fake_quant_per_channel,
+    fake_quant_per_token,
+    linear_dynamic,
+    linear_sums,
+    quantize_activation,
+    quantize_weight,
+)
+
+__all__ = [
+    "MAX_K",
+    "SMALLEST",
+    "fake_quant_per_channel",
+    "fake_quant_per_token",
+    "linear_dynamic",
+    "linear_sums",
+    "quantize_activation",
+    "quantize_weight",
+]
