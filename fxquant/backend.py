@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fxquant import ops
-from fxquant._compat import DYNAMO_CONTROL_FLOW, check_torch, compile_fx
+from fxquant._compat import DYNAMO_CONTROL_FLOW, FakeTensorMode, check_torch, compile_fx
 from fxquant.binding import Binder, Packed, Program, Slot
 from fxquant.capture import Captured, capture
 from fxquant.config import FxQuantConfig, environment, resolve_options
@@ -24,6 +24,8 @@ from fxquant.lowering.cpu.build import load_library
 from fxquant.lowering.inductor import register
 from fxquant.lowering.isa import current_isa
 from fxquant.lowering.salt import cache_salt
+from fxquant.passes.fuse import FUSIONS
+from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.fuse.linear import fuse_linears
 from fxquant.passes.quantize.linear import quantize_linear
 from fxquant.passes.recognise import recognise
@@ -32,6 +34,7 @@ from fxquant.plan import check_patterns
 from fxquant.planning import Planned, make_plan
 from fxquant.reporting.dump import Dumper
 from fxquant.reporting.logs import setup_logging
+from fxquant.sites import kind_of
 from fxquant.tracker import CompiledGraph, tracker
 
 log_passes = logging.getLogger("fxquant.passes")
@@ -90,7 +93,7 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
     planned = plan(captured, args, graph, dry_run=problem is not None)
     if problem is not None:
         raise _StayFloat(problem, FloatFallbackWarning)
-    if not planned.slots:
+    if planned.changes_nothing:
         raise _StayFloat("nothing was quantized: the graph is compiled as it came")
     try:
         lowered = _lower(captured, planned, graph, dumper)
@@ -168,12 +171,26 @@ def _lower(captured: Captured, planned: Planned, graph: CompiledGraph | None, du
     if dumper is not None:
         dumper.stage("quantize", gm)
     with stage("fuse", gm):
+        for node, verdict in planned.verdicts.items():
+            problem = _fuse_other(copies[node], verdict, captured.fake_mode)
+            if problem is not None and graph is not None:
+                graph.keep_operator([site for site, of in planned.nodes.items() if of is node], problem)
         blobs = {site: packed.blob for site, packed in planned.packed.items() if packed.blob is not None}
         slots, kept = fuse_linears(gm, captured.fake_mode, linears, blobs)
         verify(gm, "fuse")
     if dumper is not None:
         dumper.stage("fuse", gm)
     return _Lowered(gm, slots, kept)
+
+
+def _fuse_other(node: fx.Node, verdict: Verdict, fake_mode: FakeTensorMode) -> str | None:
+    """Replace one node that is no linear by our operator; the sentence why it keeps its own, or None."""
+    try:
+        FUSIONS[str(kind_of(node))].fuse(node, verdict, fake_mode)
+    except Exception as error:  # nothing that a fusion does may cost the user more than this site
+        log_passes.info("%s keeps its own operator: %s", node.name, error)
+        return f"fusing it failed: {_one_line(error)}"
+    return None
 
 
 def _generate(lowered: _Lowered, packed: Mapping[str, Packed], args: Sequence[Any], graph: CompiledGraph) -> Program:

@@ -29,11 +29,17 @@ FLOAT_KINDS = {
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens at one site: a scheme, or a reason (one sentence) why it stays float."""
+    """What happens at one site: a scheme, or a reason (one sentence) why it stays float.
+
+    ``kernel`` is the fxquant:: operator that computes the site (None: the operator that the graph had), ``error_class``
+    that of the change. The scheme of a site that is no linear is a name.
+    """
 
     site: Site
-    scheme: Scheme | None = None
+    scheme: Scheme | str | None = None
     reason: str | None = None
+    kernel: str | None = None
+    error_class: str | None = None
 
     @property
     def is_taken(self) -> bool:
@@ -62,7 +68,7 @@ class Plan(Mapping[str, Decision]):
         """The same plan with the named sites left float for the given reasons."""
         return Plan(
             tuple(
-                replace(decision, scheme=None, reason=reasons[decision.site.name])
+                replace(decision, scheme=None, reason=reasons[decision.site.name], kernel=None, error_class=None)
                 if decision.site.name in reasons
                 else decision
                 for decision in self.decisions
@@ -70,7 +76,7 @@ class Plan(Mapping[str, Decision]):
         )
 
     @property
-    def taken(self) -> dict[str, Scheme]:
+    def taken(self) -> dict[str, Scheme | str]:
         """Site name → scheme of every site that is quantized."""
         return {d.site.name: d.scheme for d in self.decisions if d.scheme is not None}
 
@@ -79,11 +85,11 @@ class Plan(Mapping[str, Decision]):
 
 
 def setting_for(site: Site, config: FxQuantConfig) -> str:
-    """The setting that the options give a site: that of the first matching pattern, else ``scheme``."""
+    """The setting that the options give a site: that of the first matching pattern, else ``scheme`` (auto if no linear)."""
     for pattern, setting in config.sites.items():
         if site_matches(pattern, site):
             return setting
-    return config.scheme
+    return config.scheme if site.kind == "linear" else "auto"
 
 
 def site_matches(pattern: str, site: Site) -> bool:

@@ -1,7 +1,7 @@
-"""The plan stage: every candidate site gets a scheme with a packed weight, or a reason why it stays float."""
+"""The plan stage: every candidate site gets a scheme with a packed weight, a kernel, or a reason why it stays float."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -10,10 +10,12 @@ from fxquant.binding import Packed, Slot, frozen_value
 from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
 from fxquant.lowering.pack import pack_codes, round_weight, weight_error
+from fxquant.passes.fuse import FUSIONS
+from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.quantize.linear import conditions
 from fxquant.plan import FLOAT_KINDS, Decision, Plan, resolve_scheme, setting_for
 from fxquant.schemes import Scheme
-from fxquant.sites import Site, find_sites
+from fxquant.sites import Site, find_sites, kind_of
 
 # auto leaves a linear float when rounding its weights alone costs more than this in its worst output channel: 20 dB is
 # an error of a tenth, where a user would notice. An explicit scheme has no such guard.
@@ -25,12 +27,21 @@ MIN_WEIGHTS = 32768
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with what the later stages need: node of each site, slot and packed weight of each taken site."""
+    """A plan with what the later stages need.
+
+    The node of each site, slot and packed weight of each taken linear, and the verdict of each other node that a kernel
+    of ours computes.
+    """
 
     plan: Plan
     nodes: Mapping[str, fx.Node]
     slots: Mapping[str, Slot]
     packed: Mapping[str, Packed]
+    verdicts: Mapping[fx.Node, Verdict] = field(default_factory=dict)
+
+    @property
+    def changes_nothing(self) -> bool:
+        return not self.slots and not self.verdicts
 
     def without_contents(self) -> "Planned":
         """The same plan, holding no packed weight."""
@@ -40,7 +51,7 @@ class Planned:
         """The same plan with some packed weights left float: reasons by the slot's site hold for all its sites."""
         lost = {site: reasons[slot.site] for site, slot in self.slots.items() if slot.site in reasons}
         slots = {site: slot for site, slot in self.slots.items() if site not in lost}
-        return Planned(self.plan.refuse(lost), self.nodes, slots, self.packed)
+        return replace(self, plan=self.plan.refuse(lost), slots=slots)
 
 
 def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequence[Any], dry_run: bool) -> Planned:
@@ -50,12 +61,16 @@ def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequenc
     slots: dict[str, Slot] = {}
     packed: dict[str, Packed] = {}
     known: dict[tuple[fx.Node, Scheme], Slot] = {}
+    verdicts: dict[fx.Node, Verdict] = {}
     for node, sites in find_sites(gm.graph).items():
+        nodes.update({site.name: node for site in sites})
+        if kind_of(node) != "linear":
+            other = _decide_other(node, sites, config, isa)
+            decisions += [_other_decision(site, other) for site in sites]
+            if other is not None and other.kernel is not None:
+                verdicts[node] = other
+            continue
         for site in sites:
-            nodes[site.name] = node
-            if site.kind != "linear":
-                decisions.append(Decision(site, reason=FLOAT_KINDS[site.kind]))
-                continue
             verdict = _verdict(node, site, config, isa)
             if isinstance(verdict, str):
                 decisions.append(Decision(site, reason=verdict))
@@ -72,9 +87,26 @@ def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequenc
             if result.reason is not None:
                 decisions.append(Decision(site, reason=result.reason))
             else:
-                decisions.append(Decision(site, scheme=verdict))
+                decisions.append(Decision(site, verdict, kernel="linear_dynamic", error_class="QUANTIZED"))
                 slots[site.name] = slot
-    return Planned(Plan(tuple(decisions)), nodes, slots, packed)
+    return Planned(Plan(tuple(decisions)), nodes, slots, packed, verdicts)
+
+
+def _decide_other(node: fx.Node, sites: tuple[Site, ...], config: FxQuantConfig, isa: str) -> Verdict | None:
+    """The verdict on a node that is no linear; None where its kind has no kernel of ours."""
+    fusion = FUSIONS.get(kind_of(node) or "")
+    if fusion is None:
+        return None
+    try:
+        return fusion.decide(node, {site.kind: setting_for(site, config) for site in sites}, config, isa)
+    except Exception as error:  # nothing that a decider does may cost the user more than this site
+        return Verdict(f"it cannot be judged: {type(error).__name__}: {error}")
+
+
+def _other_decision(site: Site, verdict: Verdict | None) -> Decision:
+    if verdict is None:
+        return Decision(site, reason=FLOAT_KINDS[site.kind])
+    return Decision(site, verdict.schemes.get(site.kind), verdict.reason, verdict.kernel, verdict.error_class)
 
 
 @dataclass(frozen=True)

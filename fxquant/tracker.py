@@ -82,13 +82,23 @@ class CompiledGraph:
         """The whole graph stays float: nothing that rules did reaches the user, and no site is quantized."""
         training = torch.is_grad_enabled() and not self.config.assume_inference
         rows = tuple(
-            replace(row, scheme=None, reason=sentence, error_class=None, bytes_after=0) if row.scheme else row
+            replace(row, scheme=None, reason=sentence, error_class=None, kernel=None, bytes_after=0) if row.kernel else row
             for row in self.record.sites
         )
         self.note(sentence, sites=rows, rewrites=(), mode="training" if training else "inference")
 
+    def keep_operator(self, sites: Sequence[str], sentence: str) -> None:
+        """Sites that a kernel of ours was to compute keep their own operator after all."""
+        rows = tuple(
+            replace(row, scheme=None, reason=sentence, error_class=None, kernel=None) if row.name in sites else row
+            for row in self.record.sites
+        )
+        self.record = replace(self.record, sites=rows)
+
     def on_bind(self, packed: dict[str, Packed], tensors: Sequence[Tensor]) -> None:
         """Remember a set of Parameters that the graph was bound to."""
+        if not tensors:
+            return  # no weight is packed: the graph runs for every caller alike
         key = tuple(map(id, tensors))
         outcomes = {site: result.without_contents() for site, result in packed.items()}
         self.bound[key] = ([weakref.ref(tensor) for tensor in tensors], outcomes)
@@ -161,7 +171,8 @@ def _site_row(site: Site, planned: Planned) -> SiteRow:
         weight=site.weight,
         scheme=str(decision.scheme) if decision.scheme else None,
         reason=decision.reason,
-        error_class="QUANTIZED" if decision.scheme else None,
+        error_class=decision.error_class,
+        kernel=decision.kernel,
         weight_sqnr_db=packed.sqnr_db if packed else None,
         bytes_before=value.numel() * value.element_size() if value is not None else 0,
         bytes_after=blob.numel() if blob is not None and slot is not None and slot.site == site.name else 0,
@@ -182,7 +193,7 @@ def _rebound(row: SiteRow, packed: dict[str, Packed]) -> SiteRow:
     if result is None or row.scheme is None:
         return row
     if result.reason is not None:
-        return replace(row, scheme=None, reason=result.reason, error_class=None, weight_sqnr_db=result.sqnr_db)
+        return replace(row, scheme=None, reason=result.reason, error_class=None, kernel=None, weight_sqnr_db=result.sqnr_db)
     return replace(row, weight_sqnr_db=result.sqnr_db)
 
 

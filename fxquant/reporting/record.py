@@ -9,6 +9,7 @@ from fxquant.config import FxQuantConfig
 class SiteRow:
     """One candidate site: a scheme, or the sentence why it stays float.
 
+    ``kernel`` is the fxquant:: operator that computes it, None where the graph's own operator does.
     ``bytes_before`` and ``bytes_after`` are the weight's resident bytes as float and as packed (0 without a weight).
     ``macs`` is the number of multiply-accumulates for the traced shapes, None where a size is symbolic.
     """
@@ -24,6 +25,7 @@ class SiteRow:
     bytes_before: int = 0
     bytes_after: int = 0
     macs: int | None = None
+    kernel: str | None = None
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def _summary(report: Report) -> str:
     first = report.graphs[0]
     lines = [
         f"fxquant: {len(taken)} of {len(linears)} linears quantized" + (f" ({schemes})" if schemes else "")
-        + f", {len(report.sites) - len(taken)} sites stay float; {len(report.graphs)} graph(s), "
+        + f", {_float_sites(report)}; {len(report.graphs)} graph(s), "
         f"codegen {first.codegen}, instruction set {first.isa}"
     ]  # fmt: skip
     if after:
@@ -89,11 +89,18 @@ def _summary(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _float_sites(report: Report) -> str:
+    left = [row for row in report.sites if row.scheme is None]
+    own = sum(row.kernel is not None for row in left)
+    return f"{len(left)} sites stay float" + (f" ({own} of them in kernels of fxquant)" if own else "")
+
+
 def _coverage(report: Report) -> Any:
-    table = _table("kind", "sites", "quantized", "float")
+    table = _table("kind", "sites", "quantized", "float", "float, own kernel")
     for kind, rows in _grouped(report.sites, lambda row: row.kind):
-        taken = sum(row.scheme is not None for row in rows)
-        table.add_row(kind, str(len(rows)), str(taken), str(len(rows) - taken))
+        left = [row for row in rows if row.scheme is None]
+        own = sum(row.kernel is not None for row in left)
+        table.add_row(kind, *map(str, (len(rows), len(rows) - len(left), len(left) - own, own)))
     return table
 
 
@@ -105,7 +112,8 @@ def _site_table(report: Report) -> Any:
         decibel = f"{min(errors):.0f} dB" if errors else ""
         before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
         size = f"{_bytes(before)} → {_bytes(after)}" if after else ""
-        table.add_row(name, first.scheme or "float", decibel, size, first.reason or first.error_class or "")
+        why = ": ".join(part for part in (first.error_class, first.reason) if part)
+        table.add_row(name, first.scheme or "float", decibel, size, why)
     return table
 
 
