@@ -38,17 +38,17 @@ class Row:
         return (quarters[2] - quarters[0]) / statistics.median(self.times)
 
 
-def measure(calls: dict[str, Call], rounds: int, seconds: float = 60.0) -> dict[str, Row]:
+def measure(calls: dict[str, Call], rounds: int, seconds: float = 60.0, settle: float = SETTLE_S) -> dict[str, Row]:
     """Interleaved rounds of every call; stops early after ``seconds``.
 
     Each turn starts with a pause and a few untimed calls: the idle threads of the runner before it keep spinning on the
-    cores for a while, and would be charged to this one.
+    cores for a while, and would be charged to this one (``settle`` seconds; 0 where all calls share one pool).
     """
     rows = {name: Row(name) for name in calls}
     start = time.perf_counter()
     for done in range(rounds):
         for name, call in calls.items():
-            time.sleep(SETTLE_S)
+            time.sleep(settle)
             for _ in range(UNTIMED):
                 call()
             rows[name].times += [_seconds(call) for _ in range(TIMED)]

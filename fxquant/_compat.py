@@ -15,6 +15,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, optimization_hint
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map
 
@@ -39,6 +40,7 @@ __all__ = [
     "make_salt_pass",
     "maybe_fake_mode",
     "preserve_node_meta",
+    "size_hint",
     "track_tensor_tree",
     "tree_map",
     "user_post_grad_passes",
@@ -83,6 +85,14 @@ def frame_fields() -> dict[str, Any]:
     fields = getattr(shape_env, "co_fields", None) or {}
     unknown = {"co_name": "graph", "co_filename": "unknown", "co_firstlineno": 0}
     return {**unknown, **fields}
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """A size of the call that is being compiled, without a guard on it; None where only the data decide it."""
+    try:
+        return int(optimization_hint(size))
+    except GuardOnDataDependentSymNode:
+        return None
 
 
 def user_post_grad_passes(patches: dict[str, Any]) -> list[Any]:

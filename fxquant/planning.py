@@ -1,15 +1,18 @@
 """The plan stage: every candidate site gets a scheme with a packed weight, a kernel, or a reason why it stays float."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
 
+from fxquant._compat import size_hint
 from fxquant.binding import Packed, Slot, frozen_value
 from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
 from fxquant.lowering.pack import pack_codes, round_weight, weight_error
+from fxquant.lowering.timings import Timing, linear_timing
 from fxquant.passes.fuse import FUSIONS
 from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.quantize.linear import conditions
@@ -20,8 +23,8 @@ from fxquant.sites import Site, find_sites, kind_of
 # auto leaves a linear float when rounding its weights alone costs more than this in its worst output channel: 20 dB is
 # an error of a tenth, where a user would notice. An explicit scheme has no such guard.
 MIN_WEIGHT_SQNR_DB = 20.0
-# auto leaves a linear float below this many weights: for 16 to 128 rows, quantizing them then costs as much as the
-# integer product saves (measured on AVX2 and AVX512-VNNI; 128 x 128 wins from about 64 rows on).
+# Without a table of measured times auto leaves a linear float below this many weights: for 16 to 128 rows, quantizing
+# them then costs as much as the integer product saves.
 MIN_WEIGHTS = 32768
 
 
@@ -144,7 +147,29 @@ def _verdict(node: fx.Node, site: Site, config: FxQuantConfig, isa: str) -> Sche
     for sentence, holds in conditions(x, weight):
         if not holds:
             return sentence
-    size = weight.meta["val"].numel()
-    if setting == "auto" and size < MIN_WEIGHTS:
+    scheme = resolve_scheme(setting, isa)
+    return scheme if setting != "auto" or isinstance(scheme, str) else _guarded(scheme, node, isa)
+
+
+def _guarded(scheme: Scheme, node: fx.Node, isa: str) -> Scheme | str:
+    """``auto``'s scheme where it is faster than float, else the sentence with both times."""
+    timing = site_timing(node, str(scheme), isa)
+    if timing is not None and not timing.is_gain:
+        return (
+            f"auto: float is as fast: {timing.float_us:.0f} us, and {timing.scheme_us:.0f} us as {scheme}, "
+            f"by the measured table of {isa}"
+        )
+    size = node.args[1].meta["val"].numel()  # type: ignore[union-attr]
+    if timing is None and size < MIN_WEIGHTS:
         return f"auto: {size} weights are too few to win over float (fewer than {MIN_WEIGHTS})"
-    return resolve_scheme(setting, isa)
+    return scheme
+
+
+def site_timing(node: fx.Node, scheme: str, isa: str) -> Timing | None:
+    """What the measured table promises for a linear at the sizes of the call that is compiled; None where it has none."""
+    x, weight = node.args[0].meta["val"], node.args[1].meta["val"]  # type: ignore[union-attr]
+    rows = [size_hint(size) for size in x.shape[:-1]]
+    if None in rows:
+        return None
+    n, k = weight.shape
+    return linear_timing(isa, scheme, math.prod(size for size in rows if size is not None), k, n)

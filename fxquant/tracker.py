@@ -18,7 +18,7 @@ from fxquant._compat import frame_fields
 from fxquant.binding import Binder, Packed
 from fxquant.config import FxQuantConfig
 from fxquant.passes.rule import Event
-from fxquant.planning import Planned
+from fxquant.planning import Planned, site_timing
 from fxquant.reporting.record import GraphRecord, RewriteRow, SiteRow, StageRow
 from fxquant.sites import Site, clean_source
 
@@ -75,7 +75,7 @@ class CompiledGraph:
 
     def set_plan(self, planned: Planned) -> None:
         """Remember the decision of every site."""
-        rows = tuple(_site_row(decision.site, planned) for decision in planned.plan.decisions)
+        rows = tuple(_site_row(decision.site, planned, self.isa) for decision in planned.plan.decisions)
         self.record = replace(self.record, sites=rows)
 
     def stay_float(self, sentence: str) -> None:
@@ -156,7 +156,7 @@ def _is_partial(gm: fx.GraphModule, code_name: str) -> bool:
     return bool(getattr(reason, "graph_break", False)) or code_name.startswith("torch_dynamo_resume")
 
 
-def _site_row(site: Site, planned: Planned) -> SiteRow:
+def _site_row(site: Site, planned: Planned, isa: str) -> SiteRow:
     decision = planned.plan[site.name]
     node = planned.nodes[site.name]
     slot = planned.slots.get(site.name)
@@ -164,6 +164,7 @@ def _site_row(site: Site, planned: Planned) -> SiteRow:
     weight = node.args[1] if site.kind == "linear" else None
     value = weight.meta["val"] if isinstance(weight, fx.Node) else None
     blob = packed.blob if packed else None
+    timing = site_timing(node, str(decision.scheme), isa) if slot is not None else None
     return SiteRow(
         name=site.name,
         kind=site.kind,
@@ -171,6 +172,8 @@ def _site_row(site: Site, planned: Planned) -> SiteRow:
         weight=site.weight,
         scheme=str(decision.scheme) if decision.scheme else None,
         reason=decision.reason,
+        float_us=timing.float_us if timing else None,
+        scheme_us=timing.scheme_us if timing else None,
         error_class=decision.error_class,
         kernel=decision.kernel,
         weight_sqnr_db=packed.sqnr_db if packed else None,

@@ -11,6 +11,8 @@ class SiteRow:
 
     ``kernel`` is the fxquant:: operator that computes it, None where the graph's own operator does.
     ``bytes_before`` and ``bytes_after`` are the weight's resident bytes as float and as packed (0 without a weight).
+    ``float_us`` and ``scheme_us`` are the microseconds that the measured table of the instruction set promises for the
+    linear at the compiled sizes, in float and in the scheme; None where there is no table.
     ``macs`` is the number of multiply-accumulates for the traced shapes, None where a size is symbolic.
     """
 
@@ -26,6 +28,8 @@ class SiteRow:
     bytes_after: int = 0
     macs: int | None = None
     kernel: str | None = None
+    float_us: float | None = None
+    scheme_us: float | None = None
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _coverage(report: Report) -> Any:
 
 
 def _site_table(report: Report) -> Any:
-    table = _table("site", "becomes", "weight SQNR", "bytes", "class, or why it stays float")
+    table = _table("site", "becomes", "weight SQNR", "bytes", "us, by table", "class, or why it stays float")
     for name, rows in _folded(report.sites):
         first = rows[0]
         errors = [row.weight_sqnr_db for row in rows if row.weight_sqnr_db is not None]
@@ -113,8 +113,14 @@ def _site_table(report: Report) -> Any:
         before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
         size = f"{_bytes(before)} → {_bytes(after)}" if after else ""
         why = ": ".join(part for part in (first.error_class, first.reason) if part)
-        table.add_row(name, first.scheme or "float", decibel, size, why)
+        table.add_row(name, first.scheme or "float", decibel, size, _times(rows), why)
     return table
+
+
+def _times(rows: list[SiteRow]) -> str:
+    """Microseconds of all sites of a line, in float and in the scheme, by the measured table."""
+    pairs = [(row.float_us, row.scheme_us) for row in rows if row.float_us is not None and row.scheme_us is not None]
+    return f"{sum(a for a, _ in pairs):.0f} → {sum(b for _, b in pairs):.0f}" if pairs else ""
 
 
 def _rewrite_table(report: Report) -> Any:
