@@ -1,8 +1,9 @@
 """fxquant: ``torch.compile(model, backend="fxquant")`` quantizes a float transformer and accounts for every change."""
 
-from fxquant.api import explain, refresh, report
+from fxquant.api import calibrate, explain, refresh, report
 from fxquant.config import FxQuantConfig
 from fxquant.errors import (
+    CalibrationError,
     CaptureError,
     ConfigError,
     FloatFallbackWarning,
@@ -20,6 +21,7 @@ from fxquant.errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationError",
     "CaptureError",
     "ConfigError",
     "FloatFallbackWarning",
@@ -33,6 +35,7 @@ __all__ = [
     "RuleError",
     "UnsupportedTorchError",
     "VerifyError",
+    "calibrate",
     "explain",
     "refresh",
     "report",

@@ -1,7 +1,7 @@
-"""What a user calls: explain, report and refresh."""
+"""What a user calls: explain, report, calibrate and refresh."""
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from fxquant.config import resolve_options
 from fxquant.errors import ReportError
 
 if TYPE_CHECKING:
+    from fxquant.calibration.calibration import Calibration
     from fxquant.reporting.report import Report
 
 
@@ -69,6 +70,29 @@ def report(compiled: Callable[..., Any]) -> "Report":
             'report: no graph of this object was compiled with backend="fxquant"; call the compiled model once first'
         )
     return Report(tuple(records))
+
+
+def calibrate(
+    model: Callable[..., Any],
+    batches: Iterable[Any],
+    *,
+    scheme: str = "auto",
+    method: str = "minmax",
+    options: object = None,
+) -> "Calibration":
+    """Static activation ranges for the linears of ``model`` from data, for ``options={"calibration": ...}``.
+
+    A batch is a tensor, a tuple (positional arguments) or a mapping (keyword arguments); batches are seen once, one after
+    the other, in float and without gradients. ``scheme`` and the ``sites`` of ``options`` give the widths. ``method`` is
+    ``minmax``.
+
+    Raises:
+        CalibrationError: the method is unknown, there is no batch, no linear ran, or an input is not finite.
+        ConfigError: an option or the scheme is wrong.
+    """
+    from fxquant.calibration.run import run
+
+    return run(model, batches, scheme, method, options)
 
 
 def refresh(model: torch.nn.Module) -> None:

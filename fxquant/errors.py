@@ -8,6 +8,7 @@ FxQuantError                    base of all errors
 ├── VerifyError                 a stage left an illegal graph behind (caught: the graph stays float)
 ├── KernelBuildError            the kernel library cannot be built or loaded
 ├── PackError                   a weight cannot be packed
+├── CalibrationError            data, a method or a calibration file is wrong
 └── ReportError                 there is nothing to report on
 
 FxQuantWarning                  base of all warnings
@@ -46,6 +47,10 @@ class KernelBuildError(FxQuantError, RuntimeError):
 
 class PackError(FxQuantError, ValueError):
     """A weight cannot be packed for the kernels."""
+
+
+class CalibrationError(FxQuantError, ValueError):
+    """Calibration data, its method or a calibration file is wrong."""
 
 
 class ReportError(FxQuantError, ValueError):
