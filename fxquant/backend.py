@@ -6,6 +6,7 @@ the site, or the whole graph, in float with a reason in the record that ``fxquan
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -104,7 +105,7 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
 
     def variant(reasons: Mapping[str, str]) -> Program:
         other = _lower(captured, outline.without(reasons), None, None)
-        return Program(other.gm.forward, other.slots, other.kept)
+        return Program(_generate_later(other.gm, graph), other.slots, other.kept)
 
     graph.binder = binder = Binder(program, variant, graph.on_bind)
     binder.bind(args, ready=planned.packed)
@@ -186,6 +187,35 @@ def _generate(lowered: _Lowered, packed: Mapping[str, Packed], args: Sequence[An
         with torch.no_grad():
             run = compile_fx(lowered.gm, inputs, cache_salt(graph.isa, graph.config.inductor))
         return Program(run, lowered.slots, lowered.kept)
+
+
+def _generate_later(gm: fx.GraphModule, graph: CompiledGraph) -> Runner:
+    """Code for a variant, made at its first call: no compilation runs any more, so the arguments are its example."""
+    if graph.config.codegen == "ops":
+        return gm.forward
+
+    def generate(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
+        try:
+            with torch.no_grad():
+                return compile_fx(graph_module, inputs, cache_salt(graph.isa, graph.config.inductor))
+        except Exception as error:
+            sentence = f"a layer that shares this graph runs without Inductor: {_one_line(error)}"
+            graph.note(sentence)
+            warnings.warn(f"fxquant: {graph.record.place}: {sentence}", FloatFallbackWarning, stacklevel=2)
+            return graph_module.forward
+
+    # Symbolic sizes are guarded by Dynamo for the first program only: the variant gets guards of its own.
+    symbolic = any(not isinstance(node.meta["val"], torch.Tensor) for node in gm.graph.find_nodes(op="placeholder"))
+    lock, made = threading.Lock(), list[Runner]()
+
+    def run(*values: Any) -> Any:
+        if not made:
+            with lock:
+                if not made:
+                    made.append(torch.compile(gm, backend=generate) if symbolic else generate(gm, values))
+        return made[0](*values)
+
+    return run
 
 
 def _compile_float(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, refusal: _StayFloat) -> Runner:
