@@ -77,6 +77,13 @@ def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequenc
     return Planned(Plan(tuple(decisions)), nodes, slots, packed)
 
 
+def float_plan(gm: fx.GraphModule, reason: str) -> Planned:
+    """The plan that leaves every site of a recognised graph float for one reason; no weight is looked at."""
+    found = [(node, site) for node, sites in find_sites(gm.graph).items() for site in sites]
+    plan = Plan(tuple(Decision(site, reason=reason) for _, site in found))
+    return Planned(plan, {site.name: node for node, site in found}, {}, {})
+
+
 @dataclass(frozen=True)
 class Packer:
     """Packs a weight, or says why it cannot be: not finite, or (``guarded``) rounded too coarsely."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant import backend, reference
+from fxquant import _compat, backend, reference
 from fxquant.tracker import tracker
 
 OPS = {"codegen": "ops", "scheme": "w8a8"}
@@ -132,7 +132,7 @@ def test_a_layer_whose_weight_cannot_be_packed_takes_its_own_variant() -> None:
 def test_a_variant_is_compiled_through_inductor_when_it_is_first_called(
     sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_fx, made = backend.compile_fx, []
+    compile_fx, made = _compat.compile_fx, list[Any]()
 
     def count(*args: Any) -> Any:
         made.append(args[0])
