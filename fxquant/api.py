@@ -95,8 +95,6 @@ def _function_records(function: Callable[..., Any]) -> "list[GraphRecord]":
     """The records of a function's graphs; functions that share one code are told apart by the weights they reach."""
     from fxquant.tracker import tracker
 
-    if not hasattr(function, "__code__"):  # a partial or a callable object
-        function = getattr(function, "func", None) or types.MethodType(type(function).__call__, function)
     code = getattr(function, "__code__", None)
     parts: dict[str, list[CompiledGraph]] = {}
     for graph in tracker().graphs():

@@ -101,8 +101,8 @@ def test_a_function_that_is_gone_while_its_module_lives() -> None:
 
 @torch.no_grad()
 def test_callable_objects_and_partials() -> None:
-    first, second = Holder(nn.Linear(64, 64)), Holder(nn.Linear(64, 64))
-    for target in (first, second, functools.partial(first.method)):
+    first, second, third = (Holder(nn.Linear(64, 64)) for _ in range(3))
+    for target in (first, second, functools.partial(third.method)):
         fast = compiled(target)
         fast(X)
         assert [row.scheme for row in fxquant.report(fast).sites] == ["w8a8"]
