@@ -112,6 +112,13 @@ def _other_decision(site: Site, verdict: Verdict | None) -> Decision:
     return Decision(site, verdict.schemes.get(site.kind), verdict.reason, verdict.kernel, verdict.error_class)
 
 
+def float_plan(gm: fx.GraphModule, reason: str) -> Planned:
+    """The plan that leaves every site of a recognised graph float for one reason; no weight is looked at."""
+    found = [(node, site) for node, sites in find_sites(gm.graph).items() for site in sites]
+    plan = Plan(tuple(Decision(site, reason=reason) for _, site in found))
+    return Planned(plan, {site.name: node for node, site in found}, {}, {})
+
+
 @dataclass(frozen=True)
 class Packer:
     """Packs a weight, or says why it cannot be: not finite, or (``guarded``) rounded too coarsely."""
