@@ -15,8 +15,8 @@ def packed_bytes(n: int, k: int, weight_bits: int, act_bits: int) -> int:
     size = 64 + panels * (steps * 64 + 128) + _align(panels * 4)
     if weight_bits + act_bits > 15:
         return size
-    longest = 2 if weight_bits == 8 else 4
-    capacity = (steps + longest - 1) // longest
+    shortest = 65535 // ((2**act_bits - 1) * (2**weight_bits - 2))
+    capacity = (steps + shortest - 1) // shortest
     return size + panels * 64 + _align(panels * capacity * 2) + panels * capacity * 64
 
 

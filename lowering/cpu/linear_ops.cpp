@@ -30,8 +30,8 @@ Tensor as_contiguous(const Tensor& tensor) {
 }
 
 void check_scheme(int64_t weight_bits, int64_t act_bits) {
-  const bool known = (weight_bits == 8 && (act_bits == 8 || act_bits == 7)) || (weight_bits == 7 && act_bits == 7);
-  STD_TORCH_CHECK(known, "fxquant: no kernel for w", weight_bits, "a", act_bits, "; use w8a8, w8a7 or w7a7");
+  STD_TORCH_CHECK(is_width(weight_bits) && is_width(act_bits), "fxquant: no kernel for w", weight_bits, "a", act_bits,
+                  "; use ", kMinBits, " to ", kMaxBits, " bits each");
 }
 
 // The input as [m, k] with the packed weight checked against it.

@@ -14,7 +14,7 @@ int main() {
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
   int64_t differences = 0, compared = 0;
-  const int32_t bits[3][2] = {{8, 8}, {8, 7}, {7, 7}};
+  const int32_t bits[8][2] = {{8, 8}, {8, 7}, {7, 8}, {7, 7}, {6, 8}, {6, 6}, {4, 8}, {4, 4}};
   for (const auto& [weight_bits, act_bits] : bits)
     for (int64_t k : {1, 3, 4, 17, 64, 200})
       for (int64_t n : {1, 16, 37}) {
