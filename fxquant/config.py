@@ -43,8 +43,7 @@ class FxQuantConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     scheme: str = Field(
-        "auto",
-        description="scheme of every linear: auto, float, or w<bits>a<bits> with 4 to 8 bits each, such as w8a8, w8a7, w6a6 or w4a8",
+        "auto", description="scheme of every linear: auto, float or w<4..8>a<4..8>, such as w8a8, w8a7, w6a6 or w4a8"
     )
     sites: dict[str, str] = Field({}, description="site or parameter pattern → scheme; the first match wins")
     codegen: Literal["inductor", "ops"] = Field("inductor", description="ops: run the graph without Inductor")

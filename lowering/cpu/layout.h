@@ -11,6 +11,12 @@ constexpr uint32_t kMagic = 0x4c515846;  // "FXQL"
 constexpr uint32_t kVersion = 1;
 constexpr int64_t kMaxRows = 14;  // most rows of one micro-kernel call
 
+// A quotient beyond this is clipped whatever the zero point: clipping it in float keeps conversions to int in range.
+constexpr float kFarthest = 256.f;
+
+// Codes of a row, to a whole step.
+constexpr int64_t padded_features(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
+
 constexpr int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 constexpr int32_t kMinBits = 4, kMaxBits = 8;
@@ -75,7 +81,7 @@ struct Scratch {
     zero_points = align64(m * 4);
     codes = 2 * zero_points;
     // An odd number of cache lines: rows a power of two apart would fall into one set of the first-level cache.
-    stride = align64((k + kStep - 1) / kStep * kStep * (wide ? 2 : 1)) | 64;
+    stride = align64(padded_features(k) * (wide ? 2 : 1)) | 64;
     bytes = codes + m * stride;
   }
 };
@@ -84,15 +90,19 @@ struct Scratch {
 using PanelFn = void (*)(
     const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* packed, const Layout& layout, int64_t panel,
     int32_t* sums);
-// One row: codes u8 (padded with zeros to a whole step), scale, zero point.
-using QuantizeFn = void (*)(const float* x, int64_t k, int32_t qmax, uint8_t* codes, float* scale, int32_t* zero_point);
-// out[i][j] = float(sums[i][j] - zero_point[i] * column_sum[j]) * (scale_x[i] * scale_w[j])
+// Lowest and highest value of a row, zero among them; false where a value is not finite.
+using ExtentFn = bool (*)(const float* x, int64_t k, float* low, float* high);
+// clip(rne(x / scale) + zero_point, 0, qmax) of a finite row, padded with zeros to a whole step; scale >= FLT_MIN.
+using EncodeFn = void (*)(
+    const float* x, int64_t k, int32_t qmax, float scale, int32_t zero_point, uint8_t* codes);
+// out[i][j] = float(sums[i][j] - zero_point[i] * column_sum[j]) * (scale_x[i] * scale_w[j]) + bias[j]; bias may be null
 using FinishFn = void (*)(
     const int32_t* sums, const int32_t* column_sums, const float* scale_w, const float* scale_x,
-    const int32_t* zero_points, int64_t rows, int64_t columns, float* out, int64_t ldo);
+    const int32_t* zero_points, const float* bias, int64_t rows, int64_t columns, float* out, int64_t ldo);
 
 struct Kernels {
-  QuantizeFn quantize;
+  ExtentFn extent;
+  EncodeFn encode;
   PanelFn panel_8x8;   // any scheme
   PanelFn panel_15;    // schemes with a schedule
   PanelFn pair;        // two panels, any scheme; null where one panel fills the registers

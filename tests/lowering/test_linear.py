@@ -177,6 +177,65 @@ def test_a_tile_is_written_whole_and_nothing_beside_it(isa: int, scheme: Scheme)
     assert int(out.isnan().sum()) == out.numel() - wanted.numel()
 
 
+@pytest.mark.parametrize("scheme", CLASSES, ids=str)
+def test_static_activations(scheme: Scheme) -> None:
+    x = torch.randn(17, 130) * torch.logspace(-3, 3, 17)[:, None]
+    x[3] = -0.0
+    x[4] = 3e38 * x[4].sign()
+    x[5, 129] = float("nan")
+    x[6, 1] = -float("inf")
+    weight, bias, bits = torch.randn(40, 130), torch.randn(40), (scheme.weight_bits, scheme.act_bits)
+    codes, scale_w = reference.quantize_weight(weight, scheme.weight_bits)
+    packed, top = pack_linear(weight, scheme), 2**scheme.act_bits - 1
+    for scale, zero in ((0.03, top // 2), (6 / top, 0), (1.2e-38, top), (2e38, 1)):
+        qparams = (torch.tensor(scale), torch.tensor([zero], dtype=torch.int32))
+        for added in (bias, None):
+            wanted = reference.linear_static(x, codes, scale_w, added, *qparams, scheme.act_bits)
+            for isa in LEVELS:
+                with at_most(isa):
+                    y = torch.ops.fxquant.linear_static(x, packed, added, *qparams, 40, *bits)
+                assert y.isnan().all(1).nonzero().flatten().tolist() == [5, 6]
+                assert torch.equal(y.nan_to_num(), wanted.nan_to_num()), f"{ISAS[isa]}, {scheme}, scale {scale}"
+
+
+@pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: str(ISAS[isa]))
+@pytest.mark.parametrize("bits", [4, 7, 8])
+def test_codes_at_and_beside_every_tie(bits: int, isa: int) -> None:
+    """Where x / scale is next to n + 1/2 a rounding by the reciprocal would differ from the division's."""
+    top = (1 << bits) - 1
+    for scale in (0.1, 1.0, 1 / 3, 0.7e-6, 1.1754944e-38, 1.3e36):
+        tie = (torch.arange(-top, top + 1) + 0.5) * scale
+        near = [tie]
+        for direction in (float("inf"), -float("inf")):
+            beside = tie
+            for _ in range(3):
+                beside = torch.nextafter(beside, torch.tensor(direction))
+                near.append(beside)
+        x = torch.stack(near)
+        qparams = (torch.tensor(scale), torch.tensor(top // 2, dtype=torch.int32))
+        identity = torch.eye(x.shape[1])  # an output is a code, less the zero point, times 127
+        packed = pack_linear(identity, Scheme(8, bits))
+        wanted = reference.linear_static(x, *reference.quantize_weight(identity, 8), None, *qparams, bits)
+        with at_most(isa):
+            y = torch.ops.fxquant.linear_static(x, packed, None, *qparams, x.shape[1], 8, bits)
+        assert torch.equal(y, wanted), scale
+
+
+def test_static_qparams_are_checked() -> None:
+    packed, one = pack_linear(torch.randn(8, 16), Scheme(8, 8)), torch.ones(1)
+    call, zero = torch.ops.fxquant.linear_static, torch.zeros(1, dtype=torch.int32)
+    for scale, zero_point, message in (
+        (0 * one, zero, "scale 0 is no positive normal number"),
+        (one / 0, zero, "scale inf is no positive normal number"),
+        (one, zero + 256, r"zero point 256 lies outside 0 \.\. 255"),
+        (one, zero - 1, "zero point -1 lies outside"),
+        (torch.ones(2), zero, "scale must be one float32 value"),
+        (one, torch.zeros(1), "zero point must be one int32 value"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(torch.randn(2, 16), packed, None, scale, zero_point, 8, 8, 8)
+
+
 def test_a_refused_call_leaves_the_instruction_set_alone() -> None:
     before = ctypes.CDLL(str(library_path())).fxquant_isa()
     with pytest.raises(RuntimeError, match="no packed weight"):

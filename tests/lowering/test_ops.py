@@ -16,6 +16,13 @@ def test_linear_dynamic_is_a_good_citizen(test: str) -> None:
     torch.library.opcheck(torch.ops.fxquant.linear_dynamic, args, test_utils=test)
 
 
+@pytest.mark.parametrize("test", ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"])
+def test_linear_static_is_a_good_citizen(test: str) -> None:
+    qparams = (torch.tensor(0.02), torch.tensor([30], dtype=torch.int32))
+    args = (torch.randn(2, 3, 16), pack_linear(torch.randn(8, 16), Scheme(6, 6)), torch.randn(8), *qparams, 8, 6, 6)
+    torch.library.opcheck(torch.ops.fxquant.linear_static, args, test_utils=test)
+
+
 @pytest.mark.parametrize("scheme", [SCHEMES[name] for name in ("w8a8", "w7a8", "w6a6", "w4a4")], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (17, 5), (64, 384), (200, 130)])
 def test_packing_is_a_good_citizen_and_its_size_is_known(shape: tuple[int, int], scheme: Scheme) -> None:
@@ -86,4 +93,6 @@ def test_reference_worked_example() -> None:
     assert torch.allclose(scale, torch.tensor([0.01]))
     assert (zero.tolist(), codes.tolist()) == ([100], [[0, 100, 255]])
     weight_codes, weight_scale = reference.quantize_weight(torch.tensor([[127.0, -63.5, 1.0]]), 8)
+    static = reference.quantize_static(x, scale, zero.to(torch.int32), 8)
+    assert torch.equal(static, codes)
     assert (weight_codes.tolist(), weight_scale.tolist()) == ([[127, -64, 1]], [1.0])  # -63.5 rounds to even

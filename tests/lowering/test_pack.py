@@ -11,13 +11,12 @@ from fxquant.lowering.pack import pack_linear, round_weight, weight_error
 from fxquant.reference import MAX_K, quantize_weight
 from fxquant.schemes import SCHEMES, Scheme
 
-
 SCHEDULED = [scheme for scheme in SCHEMES.values() if scheme.weight_bits + scheme.act_bits <= 15]
 
 
 def largest_pair(scheme: Scheme) -> int:
     """The most that two products of one step add to a 16-bit lane."""
-    return (2**scheme.act_bits - 1) * 2 * (2 ** (scheme.weight_bits - 1) - 1)
+    return ((1 << scheme.act_bits) - 1) * 2 * ((1 << (scheme.weight_bits - 1)) - 1)
 
 
 def align(size: int) -> int:
