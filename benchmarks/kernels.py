@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 
 import fxquant.ops  # noqa: F401 - defines the operators
 from fxquant.config import ISAS
+from fxquant.linear_formats import format_of
 from fxquant.lowering.cpu.build import load_library
 from fxquant.lowering.isa import available_isas
 from fxquant.lowering.pack import pack_linear
@@ -71,8 +72,8 @@ def compare(shape: tuple[int, int, int], isa: str, seconds: float) -> None:
     }
     for name, scheme in SCHEMES.items():
         packed = pack_linear(weight, scheme)
-        op = torch.ops.fxquant.linear_dynamic.default
-        calls[name] = partial(op, x, packed, bias, n, scheme.weight_bits, scheme.act_bits)
+        form = format_of(scheme)
+        calls[name] = partial(form.overload, x, packed, bias, n, *form.extra(scheme))
     rows = measure(calls, rounds=2000, seconds=seconds)
     (base, base_busy), (ahead_us, _) = figures(rows["float"]), figures(rows["oneDNN"])
     for name in SCHEMES:

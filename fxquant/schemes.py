@@ -5,6 +5,8 @@
 | w8a8 | -127 .. 127 | 0 .. 255 | 16: exact with VNNI, or through 16-bit products on AVX2 |
 | w8a7 | -127 .. 127 | 0 .. 127 | 15: exact in 16-bit accumulators by a proven schedule |
 | w7a7 | -63 .. 63 | 0 .. 127 | 14: the same with longer segments |
+| w2a6 | -1 .. 1 | 0 .. 63 | 8: exact by table look-up |
+| w2a4 | -1 .. 1 | 0 .. 15 | 6: the same, four look-ups to an addition in 16 bits |
 
 ``auto`` lets fxquant pick per site and instruction set; ``float`` leaves a site as it is.
 """
@@ -26,7 +28,7 @@ class Scheme:
         return f"w{self.weight_bits}a{self.act_bits}"
 
 
-SCHEMES = {str(scheme): scheme for scheme in (Scheme(8, 8), Scheme(8, 7), Scheme(7, 7))}
+SCHEMES = {str(scheme): scheme for scheme in (Scheme(8, 8), Scheme(8, 7), Scheme(7, 7), Scheme(2, 6), Scheme(2, 4))}
 SETTINGS = ("auto", "float", *SCHEMES)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import fxquant.ops
 from fxquant import reference
 from fxquant.config import ISAS
+from fxquant.linear_formats import PANEL, format_of
 from fxquant.lowering.cpu.build import library_path
 from fxquant.lowering.isa import available_isas
 from fxquant.lowering.pack import pack_linear
@@ -20,7 +21,7 @@ from fxquant.schemes import SCHEMES, Scheme
 
 assert fxquant.ops.LIBRARY is not None
 LEVELS = [ISAS.index(isa) for isa in available_isas()]
-ALL_SCHEMES = list(SCHEMES.values())
+ALL_SCHEMES = [scheme for scheme in SCHEMES.values() if format_of(scheme) is PANEL]
 SHAPES = [
     (1, 1, 1),  # one element
     (1, 17, 3),  # one row, ragged panel, ragged step
