@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 
 import fxquant.ops  # noqa: F401 - defines the operators
 from fxquant.config import ISAS
+from fxquant.linear_formats import format_of
 from fxquant.lowering.cpu.build import find_compiler, load_library
 from fxquant.lowering.isa import available_isas
 from fxquant.lowering.pack import pack_linear
@@ -64,7 +65,8 @@ def main() -> None:
     schemes = [parse_scheme(name) for name in options.schemes]
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes or ()] or (QUICK if options.quick else SHAPES)
     print(
-        "| M x K x N | scheme | instruction set | us | median | GOP/s | of peak | F.linear, us | median | ratio | oneDNN, us | ratio |"
+        "| M x K x N | scheme | instruction set | us | median | GOP/s | of peak "
+        "| F.linear, us | median | ratio | oneDNN, us | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for shape in shapes:
@@ -103,8 +105,8 @@ def compare(shape: tuple[int, ...], isa: str, schemes: list[Scheme], limits: dic
     }
     for scheme in schemes:
         packed = pack_linear(weight, scheme)
-        op = torch.ops.fxquant.linear_dynamic.default
-        calls[str(scheme)] = partial(op, x, packed, bias, n, scheme.weight_bits, scheme.act_bits)
+        form = format_of(scheme)
+        calls[str(scheme)] = partial(form.overload, x, packed, bias, n, *form.extra(scheme))
     rows = measure(calls, rounds=2000, seconds=seconds)
     (base, base_busy), (ahead_us, _) = figures(rows["float"]), figures(rows["oneDNN"])
     for scheme in schemes:

@@ -11,6 +11,7 @@ from fxquant._compat import size_hint
 from fxquant.binding import Packed, Slot, frozen_value
 from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
+from fxquant.linear_formats import format_of
 from fxquant.lowering.pack import pack_codes, round_weight, weight_error
 from fxquant.lowering.timings import Timing, linear_timing
 from fxquant.passes.fuse import FUSIONS
@@ -90,7 +91,7 @@ def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequenc
             if result.reason is not None:
                 decisions.append(Decision(site, reason=result.reason))
             else:
-                decisions.append(Decision(site, verdict, kernel="linear_dynamic", error_class="QUANTIZED"))
+                decisions.append(Decision(site, verdict, kernel=format_of(verdict).operator, error_class="QUANTIZED"))
                 slots[site.name] = slot
     return Planned(Plan(tuple(decisions)), nodes, slots, packed, verdicts)
 

@@ -2,5 +2,6 @@
 
 from fxquant.ops.library import LIBRARY
 from fxquant.ops.linear import packed_bytes
+from fxquant.ops.linear_lut import packed_lut_bytes
 
-__all__ = ["LIBRARY", "packed_bytes"]
+__all__ = ["LIBRARY", "packed_bytes", "packed_lut_bytes"]

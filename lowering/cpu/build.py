@@ -39,6 +39,11 @@ UNITS: dict[str, tuple[str, ...]] = {
     "linear_avxvnni.cpp": (*_AVX2, "-mavxvnni"),
     "linear_avx512vnni.cpp": _AVX512,
     "linear_ops.cpp": _TORCH,
+    "lut.cpp": (),
+    "lut_scalar.cpp": (),
+    "lut_avx2.cpp": _AVX2,
+    "lut_avx512.cpp": _AVX512,
+    "lut_ops.cpp": _TORCH,
 }
 
 

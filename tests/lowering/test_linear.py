@@ -16,11 +16,11 @@ from fxquant.config import ISAS
 from fxquant.lowering.cpu.build import library_path
 from fxquant.lowering.isa import available_isas
 from fxquant.lowering.pack import pack_linear
-from fxquant.schemes import SCHEMES, Scheme
+from fxquant.schemes import PANEL_SCHEMES, SCHEMES, Scheme
 
 assert fxquant.ops.LIBRARY is not None
 LEVELS = [ISAS.index(isa) for isa in available_isas()]
-ALL_SCHEMES = list(SCHEMES.values())
+ALL_SCHEMES = list(PANEL_SCHEMES.values())
 # One a class: 16 bits, 15 bits with the wider operand on either side, and fewer bits with ever longer segments.
 CLASSES = [SCHEMES[name] for name in ("w8a8", "w8a7", "w7a8", "w7a7", "w6a8", "w8a5", "w6a6", "w4a8", "w4a4")]
 SHAPES = [

@@ -5,7 +5,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fxquant.ops
 from fxquant import reference
 from fxquant.lowering.pack import pack_linear
-from fxquant.schemes import SCHEMES, Scheme
+from fxquant.schemes import PANEL_SCHEMES, SCHEMES, Scheme
 
 assert fxquant.ops.LIBRARY is not None
 
@@ -33,7 +33,7 @@ def test_packing_is_a_good_citizen_and_its_size_is_known(shape: tuple[int, int],
 
 
 def test_the_packed_size_of_every_scheme_is_known() -> None:
-    for scheme in SCHEMES.values():
+    for scheme in PANEL_SCHEMES.values():
         assert pack_linear(torch.randn(33, 70), scheme).numel() == fxquant.ops.packed_bytes(
             33, 70, scheme.weight_bits, scheme.act_bits
         )

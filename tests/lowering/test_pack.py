@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from fxquant.errors import PackError
 from fxquant.lowering.pack import pack_linear, round_weight, weight_error
 from fxquant.reference import MAX_K, quantize_weight
-from fxquant.schemes import SCHEMES, Scheme
+from fxquant.schemes import PANEL_SCHEMES, Scheme
 
-SCHEDULED = [scheme for scheme in SCHEMES.values() if scheme.weight_bits + scheme.act_bits <= 15]
+SCHEDULED = [scheme for scheme in PANEL_SCHEMES.values() if scheme.weight_bits + scheme.act_bits <= 15]
 
 
 def largest_pair(scheme: Scheme) -> int:
@@ -70,8 +70,8 @@ def test_no_input_can_overflow_a_segment(n: int, k: int, seed: int, kind: int, s
 
 
 def test_one_product_pair_saturates_for_w8a8_only() -> None:
-    assert [str(scheme) for scheme in SCHEMES.values() if largest_pair(scheme) > 32767] == ["w8a8"]
-    assert len(SCHEDULED) == len(SCHEMES) - 1
+    assert [str(scheme) for scheme in PANEL_SCHEMES.values() if largest_pair(scheme) > 32767] == ["w8a8"]
+    assert len(SCHEDULED) == len(PANEL_SCHEMES) - 1
 
 
 def test_segments_are_as_long_as_the_weights_allow() -> None:
@@ -82,7 +82,7 @@ def test_segments_are_as_long_as_the_weights_allow() -> None:
 
 
 def test_the_size_depends_on_the_shape_and_the_scheme_only() -> None:
-    for scheme in SCHEMES.values():
+    for scheme in PANEL_SCHEMES.values():
         sizes = {
             pack_linear(weight, scheme).numel() for weight in (torch.randn(33, 50), torch.ones(33, 50), torch.zeros(33, 50))
         }
