@@ -2,5 +2,6 @@
 
 from fxquant.ops.library import LIBRARY
 from fxquant.ops.linear import packed_bytes
+from fxquant.ops.stream import stream_bytes
 
-__all__ = ["LIBRARY", "packed_bytes"]
+__all__ = ["LIBRARY", "packed_bytes", "stream_bytes"]

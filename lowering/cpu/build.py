@@ -39,6 +39,11 @@ UNITS: dict[str, tuple[str, ...]] = {
     "linear_avxvnni.cpp": (*_AVX2, "-mavxvnni"),
     "linear_avx512vnni.cpp": _AVX512,
     "linear_ops.cpp": _TORCH,
+    "stream.cpp": (),
+    "stream_scalar.cpp": (),
+    "stream_avx2.cpp": _AVX2,
+    "stream_avx512vnni.cpp": _AVX512,
+    "stream_ops.cpp": _TORCH,
 }
 
 
