@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fxquant.config import FxQuantConfig
 from fxquant.errors import ConfigError
-from fxquant.schemes import SCHEMES, Scheme, choose_scheme
+from fxquant.schemes import Scheme, choose_scheme, parse_scheme
 from fxquant.sites import Site
 
 # Why a kind other than linear stays float; the docs print this table.
@@ -110,6 +110,6 @@ def resolve_scheme(setting: str, isa: str) -> Scheme | str:
     if setting == "float":
         return "the options ask for float"
     if setting != "auto":
-        return SCHEMES[setting]
+        return parse_scheme(setting)
     chosen = choose_scheme(isa)
     return chosen or f"auto: on the instruction set {isa!r} no integer kernel is faster than float"

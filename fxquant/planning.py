@@ -9,7 +9,8 @@ from torch import Tensor, fx
 from fxquant.binding import Packed, Slot, frozen_value
 from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
-from fxquant.lowering.pack import pack_codes, round_weight, weight_error
+from fxquant.lowering.formats import format_of
+from fxquant.lowering.pack import weight_error
 from fxquant.passes.quantize.linear import conditions
 from fxquant.plan import FLOAT_KINDS, Decision, Plan, resolve_scheme, setting_for
 from fxquant.schemes import Scheme
@@ -87,7 +88,7 @@ class Packer:
     def __call__(self, weight: Tensor, scheme: Scheme) -> Packed:
         """The packed weight of shape [out_features, in_features] or a reason."""
         try:
-            rounded = round_weight(weight, scheme.weight_bits)
+            rounded = format_of(scheme).round_weight(weight, scheme)
         except PackError as problem:
             return Packed(None, reason=str(problem))
         error = weight_error(weight, rounded)
@@ -98,7 +99,7 @@ class Packer:
                 reason=f"auto: rounding the weight costs too much in its worst channel ({error.worst_db:.1f} dB "
                 f"SQNR, {MIN_WEIGHT_SQNR_DB:.0f} dB wanted); an explicit scheme overrides this",
             )
-        return Packed(None if self.dry_run else pack_codes(rounded, scheme), sqnr_db=error.overall_db)
+        return Packed(None if self.dry_run else format_of(scheme).pack(rounded, scheme), sqnr_db=error.overall_db)
 
 
 def _verdict(node: fx.Node, site: Site, config: FxQuantConfig, isa: str) -> Scheme | str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import PackError
-from fxquant.reference import MAX_K, quantize_weight
+from fxquant.reference import MAX_K, quantize_weight, spread
 from fxquant.schemes import Scheme
 
 
@@ -21,14 +21,20 @@ class WeightError:
 
 @dataclass(frozen=True)
 class Codes:
-    """A rounded weight: codes int8 [N, K] and scale float32 [N]."""
+    """A rounded weight: codes int8 [N, K] and scale float32 [N], or [N, G] where ``group`` input features share one."""
 
     codes: Tensor
     scale: Tensor
+    group: int = 0
+
+    @property
+    def factors(self) -> Tensor:
+        """The scale of every code, in a shape that broadcasts to [N, K]."""
+        return spread(self.scale, self.codes.shape[1], self.group) if self.group else self.scale.view(-1, 1)
 
 
-def round_weight(weight: Tensor, bits: int) -> Codes:
-    """The codes of a float weight [N, K].
+def check_weight(weight: Tensor) -> None:
+    """Whether a float weight [N, K] can be rounded.
 
     Raises:
         PackError: the weight is no matrix, is empty, is not finite, or has more than MAX_K columns.
@@ -40,6 +46,11 @@ def round_weight(weight: Tensor, bits: int) -> Codes:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise PackError(f"the weight holds {bad} values that are not finite")
+
+
+def round_weight(weight: Tensor, bits: int) -> Codes:
+    """The codes of a float weight [N, K]; raises as ``check_weight`` does."""
+    check_weight(weight)
     return Codes(*quantize_weight(weight, bits))
 
 
@@ -57,7 +68,7 @@ def pack_linear(weight: Tensor, scheme: Scheme) -> Tensor:
 def weight_error(weight: Tensor, rounded: Codes) -> WeightError:
     """What rounding a weight [N, K] cost. A channel that is exact, or zero, counts as infinite."""
     weight = weight.to(torch.float32)
-    noise = torch.addcmul(weight, rounded.codes.to(torch.float32), rounded.scale[:, None], value=-1.0)
+    noise = torch.addcmul(weight, rounded.codes.to(torch.float32), rounded.factors, value=-1.0)
     noises, signals = (v.square().sum(1).to(torch.float64) for v in (noise, weight))
     worst = torch.where(noises > 0, signals / noises, math.inf).min().item()
     overall = signals.sum().item() / noises.sum().item() if noises.sum() > 0 else math.inf

@@ -8,8 +8,10 @@ from fxquant.errors import VerifyError
 # Which fxquant:: operators may stand in the graph that a stage leaves behind.
 ALLOWED: dict[str, frozenset[str]] = {
     "recognise": frozenset(),
-    "quantize": frozenset({"fxquant::fake_quant_per_token", "fxquant::fake_quant_per_channel"}),
-    "fuse": frozenset({"fxquant::linear_dynamic"}),
+    "quantize": frozenset(
+        {"fxquant::fake_quant_per_token", "fxquant::fake_quant_per_channel", "fxquant::fake_quant_per_group"}
+    ),
+    "fuse": frozenset({"fxquant::linear_dynamic", "fxquant::linear_stream"}),
 }
 
 

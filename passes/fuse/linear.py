@@ -1,19 +1,17 @@
-"""linear(fake_quant(x), fake_quant(W), b)  →  fxquant::linear_dynamic(x, packed(W), b)
+"""linear(fake_quant(x), fake_quant(W), b)  →  the operator of the scheme's format (x, packed(W), b)
 
-The specification's fake-quant nodes and the float product become one integer kernel. The packed weight is a new graph
+The specification's fake-quant nodes and the float product become one kernel. The packed weight is a new graph
 input that comes before all others, so nothing of the weight's value is in the graph.
 """
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, fx
 
 from fxquant._compat import FakeTensorMode
 from fxquant.binding import Slot
 from fxquant.capture import remove_dead_code
-
-aten = torch.ops.aten
+from fxquant.lowering.formats import format_of
 
 
 def fuse_linears(
@@ -55,14 +53,15 @@ def _add_input(graph: fx.Graph, before: fx.Node, name: str, blob: Tensor, fake_m
 
 
 def _replace(node: fx.Node, packed: fx.Node, slot: Slot, fake_mode: FakeTensorMode) -> None:
-    quantized, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-    assert isinstance(quantized, fx.Node)
+    x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
+    assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
+    source = x if slot.scheme.is_weight_only else x.args[0]
     out_features = int(weight.meta["val"].shape[0])
-    graph = node.graph
+    graph, made = node.graph, format_of(slot.scheme)
     with graph.inserting_before(node), fake_mode:
-        args = (quantized.args[0], packed, bias, out_features, slot.scheme.weight_bits, slot.scheme.act_bits)
-        fused = graph.call_function(torch.ops.fxquant.linear_dynamic.default, args)
+        args = (source, packed, bias, out_features, *made.arguments(slot.scheme))
+        fused = graph.call_function(made.operator, args)
     fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)
     graph.erase_node(node)
