@@ -5,7 +5,8 @@ operator that ``passes/fuse/linear.py`` writes; nothing else in the pipeline kno
 
 | format | schemes | operator | what a weight becomes |
 |---|---|---|---|
-| panel | 7- and 8-bit weights | linear_dynamic | int8, 16 columns side by side, with its accumulation schedule |
+| panel | 4- to 8-bit weights and activations | linear_dynamic | int8, 16 columns side by side, with its accumulation schedule |
+| stream | weight-only and grouped | linear_stream | 2, 4 or 8 bits in the order in which the kernel reads them |
 | lut | 2-bit weights, 2- to 6-bit activations | linear_lut | two bit planes, four k to an index of a 16-entry table |
 """
 
@@ -24,7 +25,7 @@ from fxquant.schemes import Scheme
 class LinearFormat:
     """One packed format.
 
-    ``pack(codes int8 [N, K], scale float32 [N], scheme)`` makes the uint8 vector of ``packed_bytes(N, K, scheme)``;
+    ``pack(codes int8 [N, K], scale float32 [N] or [N, G], scheme)`` makes the uint8 vector of ``packed_bytes(N, K, scheme)``;
     ``operator`` is the fxquant:: name, called with (x, packed, bias, out_features, *``extra(scheme)``).
     """
 
@@ -51,6 +52,20 @@ def _pack_lut(codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     return packed
 
 
+def _pack_stream(codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    scales = scale.view(codes.shape[0], -1)
+    packed: Tensor = torch.ops.fxquant.pack_stream(codes, scales, scheme.weight_bits, scheme.act_bits, scheme.group)
+    return packed
+
+
+STREAM = LinearFormat(
+    name="stream",
+    operator="linear_stream",
+    takes=lambda scheme: scheme.is_weight_only or scheme.group > 0,
+    pack=_pack_stream,
+    packed_bytes=lambda n, k, scheme: ops.stream_bytes(n, k, scheme.weight_bits, scheme.act_bits, scheme.group),
+    extra=lambda scheme: (scheme.weight_bits, scheme.act_bits, scheme.group),
+)
 LUT = LinearFormat(
     name="lut",
     operator="linear_lut",
@@ -67,7 +82,7 @@ PANEL = LinearFormat(
     packed_bytes=lambda n, k, scheme: ops.packed_bytes(n, k, scheme.weight_bits, scheme.act_bits),
     extra=lambda scheme: (scheme.weight_bits, scheme.act_bits),
 )
-FORMATS = (LUT, PANEL)
+FORMATS = (STREAM, LUT, PANEL)
 
 
 def format_of(scheme: Scheme) -> LinearFormat:

@@ -130,7 +130,7 @@ class Packer:
     def __call__(self, weight: Tensor, scheme: Scheme) -> Packed:
         """The packed weight of shape [out_features, in_features] or a reason."""
         try:
-            rounded = round_weight(weight, scheme.weight_bits)
+            rounded = round_weight(weight, scheme)
         except PackError as problem:
             return Packed(None, reason=str(problem))
         error = weight_error(weight, rounded)

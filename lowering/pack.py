@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxquant.errors import PackError
 from fxquant.linear_formats import format_of
-from fxquant.reference import MAX_K, quantize_weight
+from fxquant.reference import MAX_K, quantize_weight, quantize_weight_groups, spread
 from fxquant.schemes import Scheme
 
 
@@ -22,14 +22,20 @@ class WeightError:
 
 @dataclass(frozen=True)
 class Codes:
-    """A rounded weight: codes int8 [N, K] and scale float32 [N]."""
+    """A rounded weight: codes int8 [N, K] and scale float32 [N], or [N, G] where ``group`` input features share one."""
 
     codes: Tensor
     scale: Tensor
+    group: int = 0
+
+    @property
+    def factors(self) -> Tensor:
+        """The scale of every code, in a shape that broadcasts to [N, K]."""
+        return spread(self.scale, self.codes.shape[1], self.group) if self.group else self.scale[:, None]
 
 
-def round_weight(weight: Tensor, bits: int) -> Codes:
-    """The codes of a float weight [N, K].
+def round_weight(weight: Tensor, scheme: Scheme) -> Codes:
+    """The codes of a float weight [N, K], with one scale an output channel or a group.
 
     Raises:
         PackError: the weight is no matrix, is empty, is not finite, or has more than MAX_K columns.
@@ -41,7 +47,9 @@ def round_weight(weight: Tensor, bits: int) -> Codes:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise PackError(f"the weight holds {bad} values that are not finite")
-    return Codes(*quantize_weight(weight, bits))
+    if scheme.group:
+        return Codes(*quantize_weight_groups(weight, scheme.weight_bits, scheme.group), scheme.group)
+    return Codes(*quantize_weight(weight, scheme.weight_bits))
 
 
 def pack_codes(rounded: Codes, scheme: Scheme) -> Tensor:
@@ -51,13 +59,13 @@ def pack_codes(rounded: Codes, scheme: Scheme) -> Tensor:
 
 def pack_linear(weight: Tensor, scheme: Scheme) -> Tensor:
     """The packed form of a float weight [N, K]; raises as ``round_weight`` does."""
-    return pack_codes(round_weight(weight, scheme.weight_bits), scheme)
+    return pack_codes(round_weight(weight, scheme), scheme)
 
 
 def weight_error(weight: Tensor, rounded: Codes) -> WeightError:
     """What rounding a weight [N, K] cost. A channel that is exact, or zero, counts as infinite."""
     weight = weight.to(torch.float32)
-    noise = torch.addcmul(weight, rounded.codes.to(torch.float32), rounded.scale[:, None], value=-1.0)
+    noise = torch.addcmul(weight, rounded.codes.to(torch.float32), rounded.factors, value=-1.0)
     noises, signals = (v.square().sum(1).to(torch.float64) for v in (noise, weight))
     worst = torch.where(noises > 0, signals / noises, math.inf).min().item()
     overall = signals.sum().item() / noises.sum().item() if noises.sum() > 0 else math.inf

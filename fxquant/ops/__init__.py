@@ -3,5 +3,6 @@
 from fxquant.ops.library import LIBRARY
 from fxquant.ops.linear import packed_bytes
 from fxquant.ops.linear_lut import packed_lut_bytes
+from fxquant.ops.stream import stream_bytes
 
-__all__ = ["LIBRARY", "packed_bytes", "packed_lut_bytes"]
+__all__ = ["LIBRARY", "packed_bytes", "packed_lut_bytes", "stream_bytes"]

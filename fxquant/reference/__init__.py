@@ -12,16 +12,32 @@ from fxquant.reference.linear import (
     quantize_static,
     quantize_weight,
 )
+from fxquant.reference.stream import (
+    fake_quant_per_group,
+    float_tolerance,
+    group_sums,
+    linear_groups,
+    linear_weight_only,
+    quantize_weight_groups,
+    spread,
+)
 
 __all__ = [
     "MAX_K",
     "SMALLEST",
     "fake_quant_per_channel",
+    "fake_quant_per_group",
     "fake_quant_per_token",
+    "float_tolerance",
+    "group_sums",
     "linear_dynamic",
+    "linear_groups",
     "linear_static",
     "linear_sums",
+    "linear_weight_only",
     "quantize_activation",
     "quantize_static",
     "quantize_weight",
+    "quantize_weight_groups",
+    "spread",
 ]

@@ -42,8 +42,12 @@ UNITS: dict[str, tuple[str, ...]] = {
     "lut.cpp": (),
     "lut_scalar.cpp": (),
     "lut_avx2.cpp": _AVX2,
-    "lut_avx512.cpp": _AVX512,
     "lut_ops.cpp": _TORCH,
+    "stream.cpp": (),
+    "stream_scalar.cpp": (),
+    "stream_avx2.cpp": _AVX2,
+    "stream_avx512vnni.cpp": _AVX512,
+    "stream_ops.cpp": _TORCH,
 }
 
 

@@ -113,6 +113,11 @@ struct Kernels {
 
 extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni;
 
+// The kernels of the instruction set in force.
+const Kernels& kernels();
+// One row: codes, padded with zeros to a whole step, with its own scale and zero point.
+void quantize_row(const float* x, int64_t k, int32_t qmax, uint8_t* codes, float* scale, int32_t* zero_point);
+
 // Whether the kernels in force keep the codes of a scheme in 16 bits.
 bool is_wide(int32_t weight_bits, int32_t act_bits);
 

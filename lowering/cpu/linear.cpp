@@ -14,8 +14,6 @@ namespace {
 
 constexpr const Kernels* kTable[] = {&kScalar, &kAvx2, &kAvxVnni, &kAvx512Vnni};
 
-const Kernels& kernels() { return *kTable[fxquant_isa()]; }
-
 const Header& header_of(const uint8_t* packed) { return *reinterpret_cast<const Header*>(packed); }
 
 // Widens codes that stand in the upper half of their row, front to back: what is overwritten has been read.
@@ -67,6 +65,19 @@ Qparams qparams_of(float low, float high, int32_t qmax) {
   return {scale, std::clamp(static_cast<int32_t>(std::lrintf(-low / scale)), 0, qmax)};
 }
 
+// Quantizes a row with fixed qparams, or (null) with its own; returns what it used.
+Qparams quantize(const float* x, int64_t k, int32_t qmax, const Qparams* fixed, uint8_t* codes) {
+  const Kernels& kernel = kernels();
+  float low, high;
+  if (!kernel.extent(x, k, &low, &high)) {  // a value is not finite
+    std::memset(codes, 0, padded_features(k));
+    return {std::numeric_limits<float>::quiet_NaN(), 0};
+  }
+  const Qparams used = fixed ? *fixed : qparams_of(low, high, qmax);
+  kernel.encode(x, k, qmax, used.scale, used.zero_point, codes);
+  return used;
+}
+
 // Quantizes rows with fixed qparams, or (null) with those of each row.
 void quantize_rows(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
@@ -74,21 +85,13 @@ void quantize_rows(
   const bool wide = is_wide(weight_bits, act_bits);
   const int32_t qmax = (1 << act_bits) - 1;
   const Scratch rows(m, k, wide);
-  const Kernels& kernel = kernels();
   float* scales = reinterpret_cast<float*>(scratch);
   int32_t* zero_points = reinterpret_cast<int32_t*>(scratch + rows.zero_points);
   for (int64_t i = m0; i < m1; i++) {
     const float* row = x + i * ldx;
     uint8_t* codes = scratch + rows.codes + i * rows.stride;
     uint8_t* narrow = wide ? codes + rows.stride / 2 : codes;
-    float low, high;
-    Qparams used{std::numeric_limits<float>::quiet_NaN(), 0};  // of a row with a value that is not finite
-    if (kernel.extent(row, k, &low, &high)) {
-      used = fixed ? *fixed : qparams_of(low, high, qmax);
-      kernel.encode(row, k, qmax, used.scale, used.zero_point, narrow);
-    } else {
-      std::memset(narrow, 0, padded_features(k));
-    }
+    const Qparams used = quantize(row, k, qmax, fixed, narrow);
     scales[i] = used.scale;
     zero_points[i] = used.zero_point;
     if (wide) spread(narrow, rows.stride / 2, codes);
@@ -96,6 +99,15 @@ void quantize_rows(
 }
 
 }  // namespace
+
+const Kernels& fxquant::kernels() { return *kTable[fxquant_isa()]; }
+
+void fxquant::quantize_row(
+    const float* x, int64_t k, int32_t qmax, uint8_t* codes, float* scale, int32_t* zero_point) {
+  const Qparams used = quantize(x, k, qmax, nullptr, codes);
+  *scale = used.scale;
+  *zero_point = used.zero_point;
+}
 
 bool fxquant::is_wide(int32_t weight_bits, int32_t act_bits) {
   return !has_schedule(weight_bits, act_bits) && kernels().wide_8x8;

@@ -10,8 +10,8 @@ using namespace fxquant;
 
 namespace {
 
-constexpr const LutKernels* kTable[] = {&kLutScalar, &kLutAvx2, &kLutAvx2, &kLutAvx512};
-constexpr const Kernels* kLinear[] = {&kScalar, &kAvx2, &kAvxVnni, &kAvx512Vnni};
+// 512-bit look-ups were measured slower than 256-bit ones (Zen 4), so every level from AVX2 on shares them.
+constexpr const LutKernels* kTable[] = {&kLutScalar, &kLutAvx2, &kLutAvx2, &kLutAvx2};
 
 // One block of rows against columns n0 .. n1: a chunk of k after the other, so that its tables stay in L1.
 // use(sums, panel) takes each panel's sums, int32 [kLutRows][16].
@@ -93,7 +93,7 @@ extern "C" void fxquant_lut_tile(
     uint8_t* tables, float* out, int64_t ldo) {
   const float* scale_x = reinterpret_cast<const float*>(scratch);
   const int32_t* zero_points = reinterpret_cast<const int32_t*>(scratch + align64(m * 4));
-  const FinishFn finish = kLinear[fxquant_isa()]->finish;
+  const FinishFn finish = kernels().finish;
   walk(scratch, m, packed, m0, m1, n0, n1, tables,
        [&](const int32_t* sums, int64_t i, int64_t rows, int64_t n, int64_t columns, const LutLayout& layout) {
          finish(sums, reinterpret_cast<const int32_t*>(packed + layout.sums) + n,

@@ -52,6 +52,6 @@ struct LutKernels {
   int64_t panels;                    // panels of one call: 1 or 2
 };
 
-extern const LutKernels kLutScalar, kLutAvx2, kLutAvx512;
+extern const LutKernels kLutScalar, kLutAvx2;
 
 }  // namespace fxquant

@@ -57,14 +57,15 @@ def _add_input(graph: fx.Graph, before: fx.Node, name: str, blob: Tensor, fake_m
 
 
 def _replace(node: fx.Node, packed: fx.Node, slot: Slot, fake_mode: FakeTensorMode) -> None:
-    quantized, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-    assert isinstance(quantized, fx.Node)
+    x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
+    assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
     out_features = int(weight.meta["val"].shape[0])
     graph = node.graph
     with graph.inserting_before(node), fake_mode:
         form = format_of(slot.scheme)
-        args = (quantized.args[0], packed, bias, out_features, *form.extra(slot.scheme))
+        source = x if slot.scheme.is_weight_only else x.args[0]  # what the fake-quant node reads
+        args = (source, packed, bias, out_features, *form.extra(slot.scheme))
         fused = graph.call_function(form.overload, args)
     fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)

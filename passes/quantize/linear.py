@@ -1,6 +1,7 @@
 """linear(x, W, b)  →  linear(fake_quant(x), fake_quant(W), b)
 
-Activations are coded per token with scales found at run time, weights per output channel. What this leaves is a float
+Activations are coded per token with scales found at run time (not at all with ``a16``), weights per output channel or
+per group of input features. What this leaves is a float
 graph that anyone can run: the specification of the integer kernel.
 """
 
@@ -44,8 +45,13 @@ def quantize_linear(node: fx.Node, scheme: Scheme, fake_mode: FakeTensorMode) ->
     fxq = torch.ops.fxquant
     with node.graph.inserting_before(node):
         operands = [_cast(x, torch.float32, fake_mode), _cast(weight, torch.float32, fake_mode)]
-        operands[0] = _call(fxq.fake_quant_per_token.default, (operands[0], scheme.act_bits), node, fake_mode)
-        operands[1] = _call(fxq.fake_quant_per_channel.default, (operands[1], scheme.weight_bits), node, fake_mode)
+        if not scheme.is_weight_only:
+            operands[0] = _call(fxq.fake_quant_per_token.default, (operands[0], scheme.act_bits), node, fake_mode)
+        if scheme.group:
+            args = (operands[1], scheme.weight_bits, scheme.group)
+            operands[1] = _call(fxq.fake_quant_per_group.default, args, node, fake_mode)
+        else:
+            operands[1] = _call(fxq.fake_quant_per_channel.default, (operands[1], scheme.weight_bits), node, fake_mode)
         bias = _cast(bias, torch.float32, fake_mode) if isinstance(bias, fx.Node) else None
         linear = _call(aten.linear.default, (operands[0], operands[1], bias), node, fake_mode)
         result = _cast(linear, out_dtype, fake_mode)

@@ -127,6 +127,8 @@ def test_weight_error_in_decibel() -> None:
     weight = torch.randn(2, 256)
     weight[1] = 0.4
     weight[1, 0] = 127.0  # scale 1: every 0.4 becomes 0, so the noise is 255 · 0.16
-    assert abs(weight_error(weight, round_weight(weight, 8)).worst_db - 10 * math.log10((127**2 + 40.8) / 40.8)) < 0.01
+    assert (
+        abs(weight_error(weight, round_weight(weight, Scheme(8, 8))).worst_db - 10 * math.log10((127**2 + 40.8) / 40.8)) < 0.01
+    )
     exact = torch.zeros(2, 3)
-    assert weight_error(exact, round_weight(exact, 8)).worst_db == float("inf")
+    assert weight_error(exact, round_weight(exact, Scheme(8, 8))).worst_db == float("inf")

@@ -1,0 +1,248 @@
+// Packs streamed weights, prepares rows, and drives the decode kernels of the instruction set in force.
+#include "stream.h"
+
+#include "isa.h"
+#include "stream_layout.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+using namespace fxquant;
+using namespace fxquant::stream;
+
+namespace {
+
+// A CPU with AVX-VNNI runs the AVX2 kernels: reading the weights from memory sets the pace, not the products.
+constexpr const StreamKernels* kStream[] = {&kStreamScalar, &kStreamAvx2, &kStreamAvx2, &kStreamAvx512Vnni};
+
+const StreamKernels& kernels() { return *kStream[fxquant_isa()]; }
+
+const StreamHeader& header_of(const uint8_t* packed) { return *reinterpret_cast<const StreamHeader*>(packed); }
+
+const uint8_t* panel_of(const uint8_t* packed, const StreamLayout& l, int64_t p) {
+  return packed + 64 + p * l.panel_bytes;
+}
+
+int64_t kind_of(int64_t bits) { return bits == 2 ? 0 : bits == 4 ? 1 : 2; }
+
+bool takes_row(const StreamLayout& l, int64_t m) {
+  return m == 1 && (l.is_integer ? kernels().row_integer != nullptr : kernels().row_float[kind_of(l.bits)] != nullptr);
+}
+
+// x, each value scaled down by what the mask of its code leaves the code shifted up (see stream_avx2.cpp): a power of two.
+void prepare_float(const float* x, const StreamLayout& l, float* to, float* corrections) {
+  float scale[16];
+  for (int64_t k = 0; k < l.step_k; k++) {
+    const int64_t field = k % 4 * (l.step_k / 4) + k / 4;  // of the word, from its lowest bits up
+    scale[k] = l.bits == 8 || !kernels().masks_in_place ? 1.f : std::ldexp(1.f, static_cast<int>(-l.bits * (field % (l.step_k / 2))));
+  }
+  const int64_t whole = l.k / l.step_k * l.step_k;
+  for (int64_t k = 0; k < whole; k += l.step_k)
+    for (int64_t i = 0; i < l.step_k; i++) to[k + i] = x[k + i] * scale[i];
+  for (int64_t k = whole; k < l.padded_k(); k++) to[k] = k < l.k ? x[k] * scale[k - whole] : 0.f;
+  for (int64_t g = 0; g < l.groups; g++) {
+    float lanes[8] = {};
+    const int64_t end = std::min(l.k, (g + 1) * l.group);
+    int64_t k = g * l.group;
+    for (; k + 8 <= end; k += 8)
+      for (int64_t j = 0; j < 8; j++) lanes[j] += x[k + j];
+    for (; k < end; k++) lanes[0] += x[k];
+    const float sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+    corrections[g] = -static_cast<float>(l.bias()) * sum;
+  }
+}
+
+// Codes 0 .. 255 become s = q - 128, so that sum (q - z) w = sum (w + b) s - b sum s + (128 - z) sum w, exactly.
+void prepare_integer(const float* x, const StreamLayout& l, int8_t* codes, int32_t* corrections, float* scale, int32_t* shift) {
+  int32_t zero_point = 0;
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(codes);
+  quantize_row(x, l.k, 255, bytes, scale, &zero_point);
+  for (int64_t k = 0; k < l.k; k++) bytes[k] ^= 0x80;
+  std::memset(bytes + l.k, 0, l.padded_k() - l.k);
+  for (int64_t g = 0; g < l.groups; g++) {
+    int32_t sum = 0;
+    const int64_t end = std::min(l.padded_k(), (g + 1) * l.group);
+    for (int64_t k = g * l.group; k < end; k++) sum += codes[k];
+    corrections[g] = -static_cast<int32_t>(l.bias()) * sum;
+  }
+  *shift = 128 - zero_point;
+}
+
+IntegerRows rows_in(const uint8_t* scratch, const StreamLayout& l, int64_t m, int64_t first) {
+  const StreamScratch s(l, m);
+  return {reinterpret_cast<const int8_t*>(scratch + s.codes) + first * s.stride, s.stride,
+          reinterpret_cast<const int32_t*>(scratch + s.corrections) + first * l.groups,
+          reinterpret_cast<const int32_t*>(scratch + s.shifts) + first, reinterpret_cast<const float*>(scratch) + first};
+}
+
+// sums[rows][16] of one group against up to kRowBlock quantized rows.
+void group_sums(const IntegerRows& x, const StreamLayout& l, const uint8_t* panel, int64_t g, int64_t rows, int32_t* sums) {
+  alignas(64) uint8_t block[kBlock * kPanel];
+  const StreamKernels& kernel = kernels();
+  const int64_t most = kBlock / l.step_k, height = even_share(rows, kernel.rows_integer);
+  const int64_t start = g * l.group_steps, end = start + l.steps_of(g);
+  for (int64_t s = start; s < end; s += most) {
+    const int64_t next = std::min(end, s + most);
+    kernel.unpack_bytes(panel, l, s, next, block);
+    for (int64_t r = 0; r < rows; r += height)
+      kernel.tile_integer(x.codes + r * x.stride + s * l.step_k, x.stride, std::min(height, rows - r), block,
+                          (next - s) * l.step_k / 4, s == start, sums + r * kPanel);
+  }
+}
+
+void panel_integer(const IntegerRows& x, const StreamLayout& l, const uint8_t* panel, int64_t rows, float* out) {
+  alignas(64) int32_t sums[kRowBlock * kPanel];
+  std::fill_n(out, rows * kPanel, 0.f);
+  for (int64_t g = 0; g < l.groups; g++) {
+    group_sums(x, l, panel, g, rows, sums);
+    kernels().fold(sums, x, l.groups, g, Tail(panel, l, g), rows, out);
+  }
+}
+
+// One panel against up to kRowBlock float rows.
+void panel_float(const float* x, int64_t ldx, const StreamLayout& l, const uint8_t* panel, int64_t rows, float* out) {
+  alignas(64) float block[kBlock * kPanel];
+  const StreamKernels& kernel = kernels();
+  const int64_t most = kBlock / l.step_k, height = even_share(rows, kernel.rows_float);
+  for (int64_t s = 0; s < l.steps; s += most) {
+    const int64_t next = std::min(l.steps, s + most), k = s * l.step_k;
+    kernel.unpack_float(panel, l, s, next, block);
+    for (int64_t r = 0; r < rows; r += height)
+      kernel.tile_float(x + r * ldx + k, ldx, std::min(height, rows - r), block, std::min(l.k, next * l.step_k) - k, s == 0,
+                        out + r * kPanel);
+  }
+}
+
+// 16 columns of one row.
+void row_panel(const uint8_t* scratch, const StreamLayout& l, const uint8_t* panel, float* out) {
+  if (l.is_integer) return kernels().row_integer(rows_in(scratch, l, 1, 0), panel, l, out);
+  const float* corrections = reinterpret_cast<const float*>(scratch + StreamScratch(l, 1).corrections);
+  kernels().row_float[kind_of(l.bits)](reinterpret_cast<const float*>(scratch), corrections, panel, l, out);
+}
+
+}  // namespace
+
+extern "C" int64_t fxquant_stream_packed_bytes(int64_t n, int64_t k, int32_t weight_bits, int32_t act_bits, int32_t group) {
+  return StreamLayout(n, k, weight_bits, act_bits, group).bytes;
+}
+
+extern "C" int64_t fxquant_stream_columns(const uint8_t* packed) { return header_of(packed).n; }
+
+extern "C" int64_t fxquant_stream_features(const uint8_t* packed) { return header_of(packed).k; }
+
+extern "C" int32_t fxquant_stream_pack(
+    const int8_t* codes, const float* scales, int64_t n, int64_t k, int32_t weight_bits, int32_t act_bits, int32_t group,
+    uint8_t* out) {
+  const StreamLayout l(n, k, weight_bits, act_bits, group);
+  const int32_t limit = (1 << (weight_bits - 1)) - 1;
+  if (std::any_of(codes, codes + n * k, [&](int8_t code) { return code < -limit || code > limit; })) return 1;
+  std::memset(out, 0, l.bytes);
+  const StreamHeader header{kStreamMagic, kStreamVersion, n, k, weight_bits, act_bits, group, 0};
+  std::memcpy(out, &header, sizeof header);
+  for (int64_t p = 0; p < l.panels; p++) {
+    uint8_t* panel = out + 64 + p * l.panel_bytes;
+    for (int64_t c = 0; c < kPanel; c++) {
+      const int64_t j = p * kPanel + c;
+      for (int64_t i = 0; i < l.padded_k(); i++) {
+        const int64_t code = j < n && i < k ? codes[j * k + i] : 0;
+        const Place place(l.bits, i % l.step_k, c);
+        panel[l.step_at(i / l.step_k) + place.byte] |= static_cast<uint8_t>((code + l.bias()) << place.shift);
+      }
+      for (int64_t g = 0; g < l.groups && j < n; g++) {
+        float* tail = reinterpret_cast<float*>(panel + l.tail_at(g));
+        tail[c] = scales[j * l.groups + g];
+        if (!l.is_integer) continue;
+        int32_t sum = 0;
+        for (int64_t i = g * l.group; i < std::min(k, (g + 1) * l.group); i++) sum += codes[j * k + i];
+        if (l.has_wide_sums)
+          reinterpret_cast<int32_t*>(tail + kPanel)[c] = sum;
+        else
+          reinterpret_cast<int16_t*>(tail + kPanel)[c] = static_cast<int16_t>(sum);
+      }
+    }
+  }
+  return 0;
+}
+
+extern "C" void fxquant_stream_unpack(const uint8_t* packed, int8_t* codes, float* scales) {
+  const StreamLayout l(header_of(packed));
+  for (int64_t j = 0; j < l.n; j++) {
+    const uint8_t* panel = panel_of(packed, l, j / kPanel);
+    for (int64_t i = 0; i < l.k; i++) {
+      const Place place(l.bits, i % l.step_k, j % kPanel);
+      const uint8_t byte = panel[l.step_at(i / l.step_k) + place.byte];
+      codes[j * l.k + i] = static_cast<int8_t>(((byte >> place.shift) & ((1 << l.bits) - 1)) - l.bias());
+    }
+    for (int64_t g = 0; g < l.groups; g++)
+      scales[j * l.groups + g] = reinterpret_cast<const float*>(panel + l.tail_at(g))[j % kPanel];
+  }
+}
+
+extern "C" int64_t fxquant_stream_scratch_bytes(const uint8_t* packed, int64_t m) {
+  return StreamScratch(StreamLayout(header_of(packed)), m).bytes;
+}
+
+extern "C" void fxquant_stream_prepare(
+    const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t m, const uint8_t* packed, uint8_t* scratch) {
+  const StreamLayout l(header_of(packed));
+  const StreamScratch s(l, m);
+  if (!l.is_integer) {
+    if (takes_row(l, m))
+      prepare_float(x, l, reinterpret_cast<float*>(scratch), reinterpret_cast<float*>(scratch + s.corrections));
+    return;
+  }
+  for (int64_t i = m0; i < m1; i++)
+    prepare_integer(x + i * ldx, l, reinterpret_cast<int8_t*>(scratch + s.codes + i * s.stride),
+                    reinterpret_cast<int32_t*>(scratch + s.corrections) + i * l.groups, reinterpret_cast<float*>(scratch) + i,
+                    reinterpret_cast<int32_t*>(scratch + s.shifts) + i);
+}
+
+extern "C" void fxquant_stream_run(
+    const float* x, int64_t ldx, const uint8_t* scratch, int64_t m, const uint8_t* packed, const float* bias, int64_t m0,
+    int64_t m1, int64_t n0, int64_t n1, float* out, int64_t ldo) {
+  const StreamLayout l(header_of(packed));
+  alignas(64) float sums[kRowBlock * kPanel];
+  for (int64_t i = m0; i < m1; i += kRowBlock) {
+    const int64_t count = std::min(kRowBlock, m1 - i);
+    for (int64_t j = n0; j < n1; j += kPanel) {
+      const uint8_t* panel = panel_of(packed, l, j / kPanel);
+      if (takes_row(l, m))
+        row_panel(scratch, l, panel, sums);
+      else if (l.is_integer)
+        panel_integer(rows_in(scratch, l, m, i), l, panel, count, sums);
+      else
+        panel_float(x + i * ldx, ldx, l, panel, count, sums);
+      const int64_t columns = std::min(kPanel, n1 - j);
+      for (int64_t r = 0; r < count; r++)
+        for (int64_t c = 0; c < columns; c++)
+          out[(i - m0 + r) * ldo + (j - n0) + c] = bias == nullptr ? sums[r * kPanel + c] : sums[r * kPanel + c] + bias[j + c];
+    }
+  }
+}
+
+extern "C" void fxquant_stream_sums(const uint8_t* scratch, int64_t m, const uint8_t* packed, int32_t* out) {
+  const StreamLayout l(header_of(packed));
+  alignas(64) int32_t sums[kRowBlock * kPanel];
+  for (int64_t i = 0; i < m; i += kRowBlock) {
+    const IntegerRows x = rows_in(scratch, l, m, i);
+    const int64_t rows = std::min(kRowBlock, m - i);
+    for (int64_t j = 0; j < l.n; j += kPanel)
+      for (int64_t g = 0; g < l.groups; g++) {
+        const Tail tail(panel_of(packed, l, j / kPanel), l, g);
+        group_sums(x, l, panel_of(packed, l, j / kPanel), g, rows, sums);
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t c = 0; c < std::min(kPanel, l.n - j); c++)
+            out[((i + r) * l.groups + g) * l.n + j + c] =
+                sums[r * kPanel + c] + x.corrections[r * l.groups + g] + x.shifts[r] * tail.sum(c);
+      }
+  }
+}
+
+extern "C" void fxquant_stream_linear(
+    const float* x, int64_t ldx, int64_t m, const uint8_t* packed, const float* bias, int64_t n0, int64_t n1, float* out,
+    int64_t ldo) {
+  const std::unique_ptr<uint8_t[]> scratch(new uint8_t[fxquant_stream_scratch_bytes(packed, m)]);
+  fxquant_stream_prepare(x, ldx, 0, m, m, packed, scratch.get());
+  fxquant_stream_run(x, ldx, scratch.get(), m, packed, bias, 0, m, n0, n1, out, ldo);
+}
