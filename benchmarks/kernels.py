@@ -64,7 +64,8 @@ def main() -> None:
     schemes = [parse_scheme(name) for name in options.schemes]
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes or ()] or (QUICK if options.quick else SHAPES)
     print(
-        "| M x K x N | scheme | instruction set | us | median | GOP/s | of peak | F.linear, us | median | ratio | oneDNN, us | ratio |"
+        "| M x K x N | scheme | instruction set | us | median | GOP/s | of peak "
+        "| F.linear, us | median | ratio | oneDNN, us | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for shape in shapes:
