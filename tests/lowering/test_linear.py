@@ -211,7 +211,8 @@ def test_codes_at_and_beside_every_tie(bits: int, isa: int) -> None:
             for _ in range(3):
                 beside = torch.nextafter(beside, torch.tensor(direction))
                 near.append(beside)
-        x = torch.stack(near)
+        values = torch.cat(near)
+        x = torch.nn.functional.pad(values, (0, -len(values) % 64)).view(-1, 64)
         qparams = (torch.tensor(scale), torch.tensor(top // 2, dtype=torch.int32))
         identity = torch.eye(x.shape[1])  # an output is a code, less the zero point, times 127
         packed = pack_linear(identity, Scheme(8, bits))
