@@ -44,6 +44,10 @@ UNITS: dict[str, tuple[str, ...]] = {
     "lut_avx2.cpp": _AVX2,
     "lut_avx512.cpp": _AVX512,
     "lut_ops.cpp": _TORCH,
+    "linear_float.cpp": (),
+    "linear_float_avx2.cpp": _AVX2,
+    "linear_float_avx512.cpp": _AVX512,
+    "linear_float_ops.cpp": _TORCH,
 }
 
 
