@@ -40,7 +40,10 @@ def main() -> None:
     for m, k, n in SHAPES:
         us = times(m, k, n, options.seconds)
         ratios = [us[other] / us[OWN] for other in (MKL, ONEDNN)]
-        print(f"| {m}x{k}x{n} | {us[OWN]:.0f} | {us[MKL]:.0f} | {ratios[0]:.2f} | {us[ONEDNN]:.0f} | {ratios[1]:.2f} |", flush=True)
+        print(
+            f"| {m}x{k}x{n} | {us[OWN]:.0f} | {us[MKL]:.0f} | {ratios[0]:.2f} | {us[ONEDNN]:.0f} | {ratios[1]:.2f} |",
+            flush=True,
+        )
 
 
 @torch.no_grad()
