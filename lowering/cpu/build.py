@@ -48,6 +48,10 @@ UNITS: dict[str, tuple[str, ...]] = {
     "stream_avx2.cpp": _AVX2,
     "stream_avx512vnni.cpp": _AVX512,
     "stream_ops.cpp": _TORCH,
+    "linear_float.cpp": (),
+    "linear_float_avx2.cpp": _AVX2,
+    "linear_float_avx512.cpp": _AVX512,
+    "linear_float_ops.cpp": _TORCH,
 }
 
 

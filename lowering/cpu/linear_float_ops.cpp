@@ -1,0 +1,89 @@
+// The float linear on torch's stable ABI. Schemas are defined in Python (fxquant/ops/linear_float.py).
+#include "linear_float.h"
+#include "linear_float_layout.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using namespace fxquant;
+
+namespace {
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+void check(const Tensor& x, const Tensor& packed, int64_t n) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "fxquant::linear_float: the input must be float32");
+  STD_TORCH_CHECK(x.dim() >= 1, "fxquant::linear_float: the input must have at least one dimension");
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.dim() == 1,
+                  "fxquant::linear_float: the packed weight must be a contiguous vector of uint8");
+  STD_TORCH_CHECK(packed.numel() >= 64, "fxquant::linear_float: the packed weight is truncated");
+  Header header{};
+  std::memcpy(&header, data<uint8_t>(packed), sizeof header);
+  STD_TORCH_CHECK(header.magic == kFloatMagic && header.version == kVersion,
+                  "fxquant::linear_float: this is no packed weight of this version");
+  const int64_t k = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(header.n == n && header.k == k, "fxquant::linear_float: the weight was packed as ", header.n, " x ", header.k,
+                  ", the call asks for ", n, " x ", k);
+  STD_TORCH_CHECK(packed.numel() == float_packed_bytes(n, k), "fxquant::linear_float: the packed weight is truncated");
+}
+
+Tensor linear_float(const Tensor& input, const Tensor& packed, std::optional<Tensor> bias, int64_t out_features) {
+  check(input, packed, out_features);
+  const Tensor x = as_contiguous(input);
+  std::optional<Tensor> added;
+  if (bias) {
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && bias->size(0) == out_features,
+                    "fxquant::linear_float: the bias must be float32 of ", out_features, " values");
+    added = as_contiguous(*bias);
+  }
+  const int64_t k = x.size(x.dim() - 1), m = x.numel() / k, n = out_features;
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d + 1 < x.dim(); d++) sizes.push_back(x.size(d));
+  sizes.push_back(n);
+  Tensor out = torch::stable::new_empty(x, sizes);
+  if (m == 0) return out;
+  const float* b = added ? data<float>(*added) : nullptr;
+  int64_t rows = 0, columns = 0;
+  fxquant_float_tiles(m, n, torch::stable::get_num_threads(), &rows, &columns);
+  const int64_t across = (n + columns - 1) / columns, down = (m + rows - 1) / rows;
+  torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      const int64_t m0 = t / across * rows, n0 = t % across * columns;
+      fxquant_float_tile(data<float>(x), k, data<uint8_t>(packed), b, m0, std::min(m0 + rows, m), n0,
+                         std::min(n0 + columns, n), data<float>(out) + m0 * n + n0, n);
+    }
+  });
+  return out;
+}
+
+Tensor pack_float(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.dim() == 2, "fxquant::pack_float: the weight must be float32 [n, k]");
+  STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(1) > 0, "fxquant::pack_float: the weight must not be empty");
+  const Tensor rows = as_contiguous(weight);
+  const int64_t n = weight.size(0), k = weight.size(1);
+  Tensor out = torch::stable::new_empty(weight, {fxquant_float_packed_bytes(n, k)}, ScalarType::Byte);
+  fxquant_float_pack(data<float>(rows), n, k, data<uint8_t>(out));
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fxquant, CPU, m) {
+  m.impl("linear_float", TORCH_BOX(&linear_float));
+  m.impl("pack_float", TORCH_BOX(&pack_float));
+}
