@@ -2,5 +2,6 @@
 
 from fxquant.ops.library import LIBRARY
 from fxquant.ops.linear import packed_bytes
+from fxquant.ops.softmax import BLOCKED, THREE_PASS, TWO_PASS
 
-__all__ = ["LIBRARY", "packed_bytes"]
+__all__ = ["BLOCKED", "LIBRARY", "THREE_PASS", "TWO_PASS", "packed_bytes"]

@@ -39,6 +39,11 @@ UNITS: dict[str, tuple[str, ...]] = {
     "linear_avxvnni.cpp": (*_AVX2, "-mavxvnni"),
     "linear_avx512vnni.cpp": _AVX512,
     "linear_ops.cpp": _TORCH,
+    "softmax.cpp": (),
+    "softmax_scalar.cpp": (),
+    "softmax_avx2.cpp": _AVX2,
+    "softmax_avx512.cpp": _AVX512,
+    "softmax_ops.cpp": _TORCH,
 }
 
 
