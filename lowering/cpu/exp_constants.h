@@ -15,5 +15,9 @@ constexpr float kC5 = 0x1.0F9F9Cp-7f;
 // Adding it rounds to an integer n, and leaves n + 127, the exponent field of 2^n, in the lowest bits. Fast-math would
 // fold it away.
 constexpr float kMagic = 0x1.8000FEp23f;
+// The same for eighths of n; e^t on [-ln 2 / 16, ln 2 / 16] is 1 + t + kEighth2 t^2 + kEighth3 t^3 to 2.7e-8.
+constexpr float kMagicEighths = 0x1.8007F0p20f;
+constexpr float kEighth2 = 0x1.0008AAp-1f;
+constexpr float kEighth3 = 0x1.5548AAp-3f;
 
 }  // namespace fxquant

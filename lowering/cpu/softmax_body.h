@@ -26,33 +26,41 @@ float row_max(const float* x, int64_t n) {
   return V::max(V::max(a, b), V::max(c, d)).largest();
 }
 
-// sum_i e^(x_i - top) in float32: for one block. Stores the terms where y is not null.
-template <class V, bool kStore>
-float sum_exp(const float* x, float* y, int64_t n, float top) {
+// sum_i e^(x_i - top) in float32: for one block.
+template <class V>
+float sum_exp(const float* x, int64_t n, float top) {
   constexpr int64_t W = V::kWidth;
   const V shift = V::set(top);
-  V a = V::set(0.0f), b = a, c = a, d = a;
+  V a = V::set(0.0f), b = a;
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
+  for (; i + 2 * W <= n; i += 2 * W) {
+    a = V::add_exp(a, V::load(x + i) - shift);
+    b = V::add_exp(b, V::load(x + i + W) - shift);
+  }
+  for (; i < n; i += W) a = V::add_exp(a, V::load_tail(x + i, n - i, -kInf) - shift);
+  return (a + b).sum();
+}
+
+// The same, and the terms go to y.
+template <class V>
+float store_exp(const float* x, float* y, int64_t n, float top) {
+  constexpr int64_t W = V::kWidth;
+  const V shift = V::set(top);
+  V a = V::set(0.0f), b = a;
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
     const V p = V::exp_below(V::load(x + i) - shift), q = V::exp_below(V::load(x + i + W) - shift);
-    const V r = V::exp_below(V::load(x + i + 2 * W) - shift), s = V::exp_below(V::load(x + i + 3 * W) - shift);
-    if constexpr (kStore) {
-      p.store(y + i);
-      q.store(y + i + W);
-      r.store(y + i + 2 * W);
-      s.store(y + i + 3 * W);
-    }
+    p.store(y + i);
+    q.store(y + i + W);
     a = a + p;
     b = b + q;
-    c = c + r;
-    d = d + s;
   }
   for (; i < n; i += W) {
     const V p = V::exp_below(V::load_tail(x + i, n - i, -kInf) - shift);
-    if constexpr (kStore) p.store_tail(y + i, n - i);
+    p.store_tail(y + i, n - i);
     a = a + p;
   }
-  return ((a + b) + (c + d)).sum();
+  return (a + b).sum();
 }
 
 template <class V>
@@ -61,7 +69,7 @@ void three_pass(const float* x, float* y, int64_t n) {
   const float top = row_max<V>(x, n);
   double sum = 0;
   for (int64_t i = 0; i < n; i += kSoftmaxBlock)
-    sum += sum_exp<V, true>(x + i, y + i, std::min(kSoftmaxBlock, n - i), top);
+    sum += store_exp<V>(x + i, y + i, std::min(kSoftmaxBlock, n - i), top);
   // All -inf: every term was NaN, or (in a tail) is 0 / 0.
   const V factor = V::set(static_cast<float>(1.0 / sum));
   int64_t i = 0;
@@ -77,7 +85,7 @@ template <class V>
 SoftmaxSum sum_block(const float* x, int64_t n) {
   const float top = row_max<V>(x, n);
   // A block of -inf adds 0; relative to -inf it would be NaN. A NaN in it still gives NaN.
-  return {sum_exp<V, false>(x, nullptr, n, top == -kInf ? 0.0f : top), top};
+  return {sum_exp<V>(x, n, top == -kInf ? 0.0f : top), top};
 }
 
 // Below it e^x is as good as 0 beside any sum that this form accepts; -inf has no mantissa.
@@ -156,8 +164,9 @@ void write_pairs(const float* x, float* y, int64_t n, float top, float factor) {
 
 template <class V>
 void write_block(const float* x, float* y, int64_t n, float top, float factor, bool stream) {
-  const V shift = V::set(top), f = V::set(factor);
-  write<V>(x, y, n, stream, [=](V v) { return V::exp_below(v - shift) * f; });
+  const V shift = V::set(top);
+  const typename V::Weighted weighted(factor);
+  write<V>(x, y, n, stream, [=](V v) { return weighted(v - shift); });
 }
 
 template <class V>

@@ -60,21 +60,52 @@ struct VectorAvx2 {
     n = {_mm256_round_ps((x * set(kLog2E)).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
     m = mantissa(x, n);
   }
+  static VectorAvx2 scaled(VectorAvx2 m, VectorAvx2 n) {
+    const VectorAvx2 biased = max(n, set(-127.0f)) + set(kMagic);
+    return m * VectorAvx2{_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(biased.v), 23))};
+  }
+
+  // e^x by eighths of an exponent: 2^(k/8) comes from a table, and e^t for the small rest t needs degree 3 only. FMA and
+  // multiplication share two units, look-up and integer addition have others. Biased: k/8 and the bits to build the
+  // power from. At and below -88.03 k/8 is -127 and the power is exactly 0.
+  static VectorAvx2 eighths(VectorAvx2 x) { return fma(x, set(kLog2E), set(kMagicEighths)); }
   static VectorAvx2 power(VectorAvx2 biased) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(biased.v), 23))};
+    const __m256i bits = _mm256_castps_si256(biased.v);
+    // 2^(j/8) without its exponent, and without the j/8 that the shifted bits add.
+    const __m256i table = _mm256_setr_epi32(
+        0x0, -0x46a3e, -0x7c810, -0xa0129, -0xafb0d, -0xa98d6, -0x8bb03, -0x53f39);
+    const __m256i entry = _mm256_permutevar8x32_epi32(table, bits);  // of the lowest three bits
+    return {_mm256_castsi256_ps(_mm256_add_epi32(entry, _mm256_slli_epi32(bits, 20)))};
   }
-  static VectorAvx2 scaled(VectorAvx2 m, VectorAvx2 n) { return m * power(max(n, set(-127.0f)) + set(kMagic)); }
-  // Below -88.03 n is -127 and the power is 0; above 88.4 n is 128 and it is inf.
-  static VectorAvx2 exp(VectorAvx2 x) {
-    x = min(set(89.0f), max(set(-88.03f), x));
-    const VectorAvx2 biased = fma(x, set(kLog2E), set(kMagic));
-    return mantissa(x, biased - set(kMagic)) * power(biased);
+  static VectorAvx2 rest(VectorAvx2 x, VectorAvx2 biased) {
+    const VectorAvx2 n = biased - set(kMagicEighths);
+    return fma(n, set(kMinusLn2Low), fma(n, set(kMinusLn2High), x));
   }
-  // The same for x that is not above 0.
+  static VectorAvx2 polynomial(VectorAvx2 t) {
+    return fma(fma(fma(set(kEighth3), t, set(kEighth2)), t, set(1.0f)), t, set(1.0f));
+  }
   static VectorAvx2 exp_below(VectorAvx2 x) {
     x = max(set(-88.03f), x);
-    const VectorAvx2 biased = fma(x, set(kLog2E), set(kMagic));
-    return mantissa(x, biased - set(kMagic)) * power(biased);
+    const VectorAvx2 biased = eighths(x);
+    return polynomial(rest(x, biased)) * power(biased);
+  }
+  static VectorAvx2 exp(VectorAvx2 x) { return exp_below(min(set(88.72f), x)); }
+  static VectorAvx2 add_exp(VectorAvx2 sum, VectorAvx2 x) {
+    x = max(set(-88.03f), x);
+    const VectorAvx2 biased = eighths(x);
+    const VectorAvx2 t = fma(biased - set(kMagicEighths), set(kMinusLn2High), x);
+    return fma(polynomial(t), power(biased), sum);
+  }
+  struct Weighted;
+};
+
+struct VectorAvx2::Weighted {  // the factor is in the polynomial's coefficients
+  VectorAvx2 c0, c2, c3;
+  explicit Weighted(float f) : c0(set(f)), c2(set(f * kEighth2)), c3(set(f * kEighth3)) {}
+  VectorAvx2 operator()(VectorAvx2 x) const {
+    x = max(set(-88.03f), x);
+    const VectorAvx2 biased = eighths(x), t = rest(x, biased);
+    return fma(fma(fma(c3, t, c2), t, c0), t, c0) * power(biased);
   }
 };
 

@@ -52,6 +52,14 @@ struct VectorAvx512 {
     split(max(set(-110.0f), x), m, n);
     return scaled(m, n);
   }
+  static VectorAvx512 add_exp(VectorAvx512 sum, VectorAvx512 x) { return sum + exp_below(x); }
+  struct Weighted;
+};
+
+struct VectorAvx512::Weighted {
+  VectorAvx512 factor;
+  explicit Weighted(float f) : factor(set(f)) {}
+  VectorAvx512 operator()(VectorAvx512 x) const { return exp_below(x) * factor; }
 };
 
 }  // namespace

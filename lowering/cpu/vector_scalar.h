@@ -4,6 +4,8 @@
 //   fma(a, b, c) = a * b + c        max, min: the second operand where either is NaN
 //   split(x, m, n): e^x = m * 2^n, n integral, m about 0.7 to 1.42        scaled(m, n) = m * 2^n for n <= 0
 //   exp(x): 0 from about -88 (or -104) down to -inf, +inf from 89 up, NaN for NaN        exp_below: the same for x <= 0
+//   add_exp(sum, x) = sum + e^x for x <= 0, of which the terms below e^-20 may lose two bits
+//   Weighted(f)(x) = f * e^x for x <= 0
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -48,6 +50,15 @@ struct VectorScalar {
   }
   static VectorScalar exp(VectorScalar x) { return {static_cast<T>(std::exp(static_cast<double>(x.v)))}; }
   static VectorScalar exp_below(VectorScalar x) { return exp(x); }
+  static VectorScalar add_exp(VectorScalar sum, VectorScalar x) { return sum + exp(x); }
+  struct Weighted;
+};
+
+template <typename T>
+struct VectorScalar<T>::Weighted {
+  VectorScalar factor;
+  explicit Weighted(T f) : factor{f} {}
+  VectorScalar operator()(VectorScalar x) const { return exp(x) * factor; }
 };
 
 }  // namespace
