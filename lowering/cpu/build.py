@@ -44,6 +44,11 @@ UNITS: dict[str, tuple[str, ...]] = {
     "softmax_avx2.cpp": _AVX2,
     "softmax_avx512.cpp": _AVX512,
     "softmax_ops.cpp": _TORCH,
+    "flash_sigmoid.cpp": (),
+    "flash_sigmoid_scalar.cpp": (),
+    "flash_sigmoid_avx2.cpp": _AVX2,
+    "flash_sigmoid_avx512.cpp": _AVX512,
+    "flash_sigmoid_ops.cpp": _TORCH,
 }
 
 
