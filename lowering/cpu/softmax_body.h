@@ -102,7 +102,7 @@ inline void add_pair(V x, V& sum, V& top) {
 
 template <class V>
 SoftmaxSum sum_pairs(const float* x, int64_t n) {
-  constexpr int64_t W = V::kWidth, kStretch = 4 * kSoftmaxBlock;
+  constexpr int64_t W = V::kWidth, kStretch = 256 * W;  // 64 terms a lane in float32
   double total = 0, highest = -1e30;
   for (int64_t begin = 0; begin < n; begin += kStretch) {
     const int64_t end = std::min(n, begin + kStretch);

@@ -66,6 +66,7 @@ def _rule(place: str) -> Rule:
 
 def _spellings(scores: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
     """The other spellings. Where two values are added, bias and mask may come in either order."""
+
     def plain(q: Any, kt: Any, v: Any, s: Any) -> Any:
         return torch.matmul(torch.sigmoid(scores(q, kt, s)), v)
 
