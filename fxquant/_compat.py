@@ -4,9 +4,11 @@
 inside functions: importing Inductor costs a second that ``import fxquant`` must not pay.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,6 +22,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map
 
 from fxquant.errors import UnsupportedTorchError
+from fxquant.reach import cell_contents, globals_named
 
 __all__ = [
     "DYNAMO_CONTROL_FLOW",
@@ -33,8 +36,10 @@ __all__ = [
     "compile_fx",
     "constant_source",
     "frame_fields",
+    "frame_values",
     "get_proxy_mode",
     "inductor_modes",
+    "is_called_by_user_code",
     "is_higher_order",
     "make_fx",
     "make_salt_pass",
@@ -93,6 +98,34 @@ def size_hint(size: int | torch.SymInt) -> int | None:
         return int(optimization_hint(size))
     except GuardOnDataDependentSymNode:
         return None
+
+
+def frame_values() -> tuple[Any, ...]:
+    """What the frame that Dynamo is compiling can reach at first hand: its locals, closure and the globals it names."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        frame: Any = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:  # nothing is being compiled
+        return ()
+    held = globals_named(frame.f_code, frame.f_globals)
+    return (*frame.f_locals.values(), *cell_contents(frame.closure), *held)
+
+
+def is_called_by_user_code() -> bool:
+    """Whether the frame that Dynamo is compiling is called by a Python function inside the compiled one.
+
+    Dynamo then met a graph break before any tensor operation of the outer function, and this is only a part of it.
+    """
+    frame, root, found_user = inspect.currentframe(), str(Path(torch.__file__).parent), False
+    while frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if name == "compile_wrapper" and file.endswith("eval_frame.py"):
+            return found_user
+        is_dynamo = file.endswith("convert_frame.py")  # what lies before it is the compiler, not the program
+        found_user = not is_dynamo and (found_user or not file.startswith(root))
+        frame = frame.f_back
+    return False
 
 
 def user_post_grad_passes(patches: dict[str, Any]) -> list[Any]:

@@ -9,10 +9,13 @@ from torch import fx
 
 from fxquant.config import resolve_options
 from fxquant.errors import ReportError
+from fxquant.reach import siblings, tensor_ids
 
 if TYPE_CHECKING:
     from fxquant.calibration.calibration import Calibration
+    from fxquant.reporting.record import GraphRecord
     from fxquant.reporting.report import Report
+    from fxquant.tracker import CompiledGraph
 
 
 def explain(model: Callable[..., Any], /, *args: Any, options: object = None, **kwargs: Any) -> "Report":
@@ -55,16 +58,12 @@ def report(compiled: Callable[..., Any]) -> "Report":
     from fxquant.reporting.report import Report
     from fxquant.tracker import tracker
 
-    names = _parameter_names(compiled)
-    # Modules are known by their Parameters; many models share the code of one wrapper function.
-    function = None if isinstance(compiled, torch.nn.Module) else compiled
-    code = getattr(getattr(function, "_torchdynamo_orig_callable", function), "__code__", None)
-    place = (code.co_filename, code.co_firstlineno) if code is not None else None
-    records = [
-        record
-        for graph in tracker().graphs()
-        for record in (graph.records_for(None) if place == graph.code else graph.records_for(names))
-    ]
+    if isinstance(compiled, torch.nn.Module):
+        # Modules are known by their Parameters; many models share the code of one wrapper function.
+        names = _parameter_names(compiled)
+        records = [r for graph in tracker().graphs() for r in graph.records_for(names, lambda ids: bool(ids & names.keys()))]
+    else:
+        records = _function_records(getattr(compiled, "_torchdynamo_orig_callable", compiled))
     if not records:
         raise ReportError(
             'report: no graph of this object was compiled with backend="fxquant"; call the compiled model once first'
@@ -111,9 +110,27 @@ def _call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     return target(*args, **kwargs)
 
 
-def _parameter_names(compiled: Callable[..., Any]) -> dict[int, str]:
-    module = getattr(compiled, "_orig_mod", compiled)
-    if not isinstance(module, torch.nn.Module):
-        return {}
+def _parameter_names(module: torch.nn.Module) -> dict[int, str]:
     named = [*module.named_parameters(), *module.named_buffers()]
     return {id(tensor): name.replace("_orig_mod.", "") for name, tensor in named}
+
+
+def _function_records(function: Callable[..., Any]) -> "list[GraphRecord]":
+    """The records of a function's graphs; functions that share one code are told apart by the weights they reach."""
+    from fxquant.tracker import tracker
+
+    code = getattr(function, "__code__", None)
+    parts: dict[str, list[CompiledGraph]] = {}
+    for graph in tracker().graphs():
+        if code is not None and graph.is_part_of(code):
+            parts.setdefault(f"{graph.record.place} {graph.record.name}", []).append(graph)
+    own = tensor_ids(function)
+    foreign = {key for other in (siblings(function) if parts else []) for key in tensor_ids(other)} - own
+    return [record for graphs in parts.values() for record in _own_records(graphs, own, foreign)]
+
+
+def _own_records(graphs: "list[CompiledGraph]", own: set[int], foreign: set[int]) -> "list[GraphRecord]":
+    """Of all records of one part of a code those with weights in ``own``; where there is none, those not in ``foreign``."""
+    if any(graph.records_for({}, lambda ids: bool(ids & own)) for graph in graphs):
+        return [record for graph in graphs for record in graph.records_for({}, lambda ids: not ids or bool(ids & own))]
+    return [record for graph in graphs for record in graph.records_for({}, lambda ids: not ids & foreign)]

@@ -6,6 +6,7 @@ the site, or the whole graph, in float with a reason in the record that ``fxquan
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ import torch
 from torch import fx
 
 from fxquant import ops
-from fxquant._compat import DYNAMO_CONTROL_FLOW, FakeTensorMode, check_torch, compile_fx
-from fxquant.binding import Binder, Packed, Program, Slot
+from fxquant._compat import DYNAMO_CONTROL_FLOW, FakeTensorMode, check_torch, compile_fx, frame_values
+from fxquant.binding import Binder, Packed, Program, Slot, positions_getter
 from fxquant.capture import Captured, capture
 from fxquant.config import FxQuantConfig, environment, resolve_options
 from fxquant.errors import FloatFallbackWarning, GradModeWarning, KernelBuildError
@@ -30,17 +31,21 @@ from fxquant.passes.fuse.linear import fuse_linears
 from fxquant.passes.quantize.linear import quantize_linear
 from fxquant.passes.recognise import recognise
 from fxquant.passes.verify import verify
-from fxquant.plan import check_patterns
-from fxquant.planning import Planned, make_plan
+from fxquant.plan import names_absent_weight, refuse_patterns, unmatched_patterns
+from fxquant.planning import Planned, float_plan, make_plan
 from fxquant.reporting.dump import Dumper
 from fxquant.reporting.logs import setup_logging
-from fxquant.sites import kind_of
+from fxquant.sites import Site, kind_of
 from fxquant.tracker import CompiledGraph, tracker
 
 log_passes = logging.getLogger("fxquant.passes")
 log_plan = logging.getLogger("fxquant.plan")
 log_kernels = logging.getLogger("fxquant.kernels")
 Runner = Callable[..., Any]
+GRADIENTS = (
+    "gradients are enabled, so the graph stays float and differentiable; run it under torch.no_grad() or "
+    "torch.inference_mode(), or set the option assume_inference=True"
+)
 OPERATORS = ops.LIBRARY  # importing ops defines the fxquant:: operators
 
 
@@ -87,7 +92,7 @@ class _StayFloat(Exception):
 
 
 def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dumper: Dumper) -> Runner:
-    _refuse_training(graph)
+    _refuse_training(gm, args, graph)
     captured = analyse(gm, args, graph, dumper)
     problem = _load_kernels()
     planned = plan(captured, args, graph, dry_run=problem is not None)
@@ -107,7 +112,7 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
 
     def variant(reasons: Mapping[str, str]) -> Program:
         other = _lower(captured, outline.without(reasons), None, None)
-        return Program(other.gm.forward, other.slots, other.kept)
+        return Program(_generate_later(other.gm, graph), other.slots, other.kept)
 
     graph.binder = binder = Binder(program, variant, graph.on_bind)
     binder.bind(args, ready=planned.packed)
@@ -144,11 +149,20 @@ def plan(captured: Captured, args: Sequence[Any], graph: CompiledGraph, dry_run:
     """Every candidate site gets a scheme or a reason."""
     with graph.stage("plan", captured.gm):
         planned = make_plan(captured.gm, graph.config, graph.isa, args, dry_run)
-        if not (graph.is_partial or tracker().has_partial(graph.config)):
-            check_patterns(graph.config, tuple(d.site for d in planned.plan.decisions))
+        _check_patterns(tuple(decision.site for decision in planned.plan.decisions), args, graph)
     graph.set_plan(planned)
     log_plan.info("%s:\n%s", graph.record.place, planned.plan)
     return planned
+
+
+def _check_patterns(sites: tuple[Site, ...], args: Sequence[Any], graph: CompiledGraph) -> None:
+    """A pattern that no graph of the function matches is an error, unless another part or branch of it may match."""
+    graph.unmatched = unmatched_patterns(graph.config, sites)
+    if graph.is_partial or tracker().has_partial(graph.config):
+        return
+    present, within_reach = set(map(id, args)), frame_values()
+    unmatched = tracker().still_unmatched(graph)
+    refuse_patterns((p for p in unmatched if not names_absent_weight(p, within_reach, present)), sites)
 
 
 @dataclass(frozen=True)
@@ -205,6 +219,35 @@ def _generate(lowered: _Lowered, packed: Mapping[str, Packed], args: Sequence[An
         return Program(run, lowered.slots, lowered.kept)
 
 
+def _generate_later(gm: fx.GraphModule, graph: CompiledGraph) -> Runner:
+    """Code for a variant, made at its first call: no compilation runs any more, so the arguments are its example."""
+    if graph.config.codegen == "ops":
+        return gm.forward
+
+    def generate(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
+        try:
+            with torch.no_grad():
+                return compile_fx(graph_module, inputs, cache_salt(graph.isa, graph.config.inductor))
+        except Exception as error:
+            sentence = f"a layer that shares this graph runs without Inductor: {_one_line(error)}"
+            graph.note(sentence)
+            warnings.warn(f"fxquant: {graph.record.place}: {sentence}", FloatFallbackWarning, stacklevel=2)
+            return graph_module.forward
+
+    # Symbolic sizes are guarded by Dynamo for the first program only: the variant gets guards of its own.
+    symbolic = any(not isinstance(node.meta["val"], torch.Tensor) for node in gm.graph.find_nodes(op="placeholder"))
+    lock, made = threading.Lock(), list[Runner]()
+
+    def run(*values: Any) -> Any:
+        if not made:
+            with lock:
+                if not made:
+                    made.append(torch.compile(gm, backend=generate) if symbolic else generate(gm, values))
+        return made[0](*values)
+
+    return run
+
+
 def _compile_float(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, refusal: _StayFloat) -> Runner:
     """The graph as it came, through Inductor (or run as it is with ``codegen="ops"``)."""
     graph.stay_float(str(refusal))
@@ -213,19 +256,33 @@ def _compile_float(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph
         warnings.warn(f"fxquant: {graph.record.place}: {refusal}", refusal.warning, stacklevel=2)
     run = gm.forward if graph.config.codegen == "ops" else compile_fx(gm, args, graph.config.inductor)
 
+    weights = positions_getter([i for i, arg in enumerate(args) if isinstance(arg, torch.nn.Parameter)])
+
     def runner(*values: Any) -> Any:
+        tensors = weights(values)
+        if tensors and tuple(map(id, tensors)) not in graph.bound:
+            graph.on_bind({}, tensors)  # layers compiled one by one share float graphs too, and reports ask for each
         return run(*values)
 
     return runner
 
 
-def _refuse_training(graph: CompiledGraph) -> None:
+def _refuse_training(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph) -> None:
     if torch.is_grad_enabled() and not graph.config.assume_inference:
-        raise _StayFloat(
-            "gradients are enabled, so the graph stays float and differentiable; run it under torch.no_grad() or "
-            "torch.inference_mode(), or set the option assume_inference=True",
-            GradModeWarning,
-        )
+        _list_sites(gm, args, graph)
+        raise _StayFloat(GRADIENTS, GradModeWarning)
+
+
+def _list_sites(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph) -> None:
+    """Name every site of a graph that is compiled for training; nothing else is decided about it."""
+    try:
+        with torch.no_grad():
+            captured = analyse(gm, args, graph, Dumper(None, graph.record.name))
+        graph.set_plan(float_plan(captured.gm, GRADIENTS))
+    except DYNAMO_CONTROL_FLOW:
+        raise
+    except Exception as problem:
+        graph.note(f"its sites are not listed: {_one_line(problem)}")
 
 
 def _load_kernels() -> str | None:

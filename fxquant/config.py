@@ -42,7 +42,7 @@ class FxQuantConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    scheme: str = Field("auto", description="scheme of every linear: auto, float, w8a8, w8a7 or w7a7")
+    scheme: str = Field("auto", description="of every linear: auto, float or w<bits>a<bits>[-g<size>], such as w8a7")
     sites: dict[str, str] = Field({}, description="site or parameter pattern → scheme; the first match wins")
     codegen: Literal["inductor", "ops"] = Field("inductor", description="ops: run the graph without Inductor")
     assume_inference: bool = Field(False, description="quantize although gradients are enabled; outputs have none")

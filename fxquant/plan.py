@@ -2,12 +2,15 @@
 
 import difflib
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
 
 from fxquant.config import FxQuantConfig
 from fxquant.errors import ConfigError
-from fxquant.schemes import SCHEMES, Scheme, choose_scheme
+from fxquant.reach import reach
+from fxquant.schemes import Scheme, choose_scheme, parse_scheme
 from fxquant.sites import Site
 
 # Why a kind other than linear stays float; the docs print this table.
@@ -103,9 +106,29 @@ def unmatched_patterns(config: FxQuantConfig, sites: tuple[Site, ...]) -> list[s
     return [pattern for pattern in config.sites if not any(site_matches(pattern, site) for site in sites)]
 
 
-def check_patterns(config: FxQuantConfig, sites: tuple[Site, ...]) -> None:
-    """Raise ConfigError, with the nearest site names, where a pattern of ``sites`` matches nothing."""
-    for pattern in unmatched_patterns(config, sites):
+def names_absent_weight(pattern: str, values: Iterable[object], present: set[int]) -> bool:
+    """Whether a pattern names a module, within reach of some values, whose weights a graph does not read.
+
+    Another branch of the function may use it. ``present`` are the identities of the weights that the graph reads.
+    """
+    op = pattern.rpartition(":")[2] if ":" in pattern else "linear"
+    for path, value in reach(values):
+        named = [(path, value)] if isinstance(value, Tensor) else _named_weights(path, value)
+        for name, weight in named:
+            owner = name.rpartition(".")[0]
+            if id(weight) not in present and site_matches(pattern, Site(f"{owner}:{op}", "linear", "", (), name)):
+                return True
+    return False
+
+
+def _named_weights(path: str, module: nn.Module) -> list[tuple[str, Tensor]]:
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return [(f"{path}.{name}".replace("_orig_mod.", "").strip("."), weight) for name, weight in named]
+
+
+def refuse_patterns(unmatched: Iterable[str], sites: tuple[Site, ...]) -> None:
+    """Raise ConfigError, with the nearest site names, for the first pattern that matched nothing."""
+    for pattern in unmatched:
         paths = list(dict.fromkeys(site.path or site.name for site in sites))
         close = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:3]
         raise ConfigError(f"sites: the pattern {pattern!r} matches no site; nearest: {', '.join(map(repr, close))}")
@@ -116,6 +139,6 @@ def resolve_scheme(setting: str, isa: str) -> Scheme | str:
     if setting == "float":
         return "the options ask for float"
     if setting != "auto":
-        return SCHEMES[setting]
+        return parse_scheme(setting)
     chosen = choose_scheme(isa)
     return chosen or f"auto: on the instruction set {isa!r} no integer kernel is faster than float"

@@ -11,6 +11,7 @@ from fxquant._compat import size_hint
 from fxquant.binding import Packed, Slot, frozen_value
 from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
+from fxquant.linear_formats import format_of
 from fxquant.lowering.pack import pack_codes, round_weight, weight_error
 from fxquant.lowering.timings import Timing, linear_timing
 from fxquant.passes.fuse import FUSIONS
@@ -90,7 +91,7 @@ def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequenc
             if result.reason is not None:
                 decisions.append(Decision(site, reason=result.reason))
             else:
-                decisions.append(Decision(site, verdict, kernel="linear_dynamic", error_class="QUANTIZED"))
+                decisions.append(Decision(site, verdict, kernel=format_of(verdict).operator, error_class="QUANTIZED"))
                 slots[site.name] = slot
     return Planned(Plan(tuple(decisions)), nodes, slots, packed, verdicts)
 
@@ -110,6 +111,13 @@ def _other_decision(site: Site, verdict: Verdict | None) -> Decision:
     if verdict is None:
         return Decision(site, reason=FLOAT_KINDS[site.kind])
     return Decision(site, verdict.schemes.get(site.kind), verdict.reason, verdict.kernel, verdict.error_class)
+
+
+def float_plan(gm: fx.GraphModule, reason: str) -> Planned:
+    """The plan that leaves every site of a recognised graph float for one reason; no weight is looked at."""
+    found = [(node, site) for node, sites in find_sites(gm.graph).items() for site in sites]
+    plan = Plan(tuple(Decision(site, reason=reason) for _, site in found))
+    return Planned(plan, {site.name: node for node, site in found}, {}, {})
 
 
 @dataclass(frozen=True)

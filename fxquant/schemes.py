@@ -1,33 +1,96 @@
-"""Schemes: how the operands of a site are coded. ``w<weight bits>a<activation bits>``.
+"""Schemes: how the operands of a linear are coded. The grammar is ``w<weight bits>a<activation bits>[-g<group size>]``.
 
-| scheme | weight code, symmetric per output channel | activation code, affine per token, dynamic | sum of bits |
+Weights are symmetric, ±(2^(w-1) - 1), with one scale an output channel, or (``-g``) one a group of neighbouring input
+features, the last of which may be shorter. Activations are affine, 0 .. 2^a - 1, per token and dynamic; ``a16`` leaves them
+in the model's float type.
+
+| bits | weight code | activation code |
+|---|---|---|
+| 2 | -1 .. 1 | |
+| 4 | -7 .. 7 | 0 .. 15 |
+| 5 | -15 .. 15 | 0 .. 31 |
+| 6 | -31 .. 31 | 0 .. 63 |
+| 7 | -63 .. 63 | 0 .. 127 |
+| 8 | -127 .. 127 | 0 .. 255 |
+
+Every width from 4 to 8 bits on either side has panel kernels; on every instruction set they compute the same exact integer
+sums. What differs is the way there:
+
+| sum of bits | schemes | how AVX2 keeps the sums exact | k steps of 4 proven safe for any weight |
 |---|---|---|---|
-| w8a8 | -127 .. 127 | 0 .. 255 | 16: exact with VNNI, or through 16-bit products on AVX2 |
-| w8a7 | -127 .. 127 | 0 .. 127 | 15: exact in 16-bit accumulators by a proven schedule |
-| w7a7 | -63 .. 63 | 0 .. 127 | 14: the same with longer segments |
+| 16 | w8a8 | 16-bit products in 32-bit sums (vpmaddwd) | any number |
+| 15 | w8a7, w7a8 | 8-bit products in centred 16-bit sums, widened by a proven schedule | 2 |
+| 14 | w7a7, w8a6, w6a8 | the same | 4 |
+| 13 | w8a5, w7a6, w6a7, w5a8 | the same | 8 |
+| 12 | w6a6, w4a8, w5a7, w7a5, w8a4 | the same | 16 to 18 |
+| 8 to 11 | w4a4 and the others | the same | 34 to 312 |
+
+The schedule is made from the actual weights, so real segments are a few times as long as those of the last column. With
+VNNI (vpdpbusd) and in the scalar kernels every scheme is summed in 32 bits directly.
+
+| schemes | kernels |
+|---|---|
+| w2a4, w2a6 | exact sums by table look-up |
+| w8a16, w4a16, w2a16, each with or without groups; w4a8 with groups | weights read as one stream, for few rows at a time |
 
 ``auto`` lets fxquant pick per site and instruction set; ``float`` leaves a site as it is.
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from fxquant.errors import ConfigError
 
+WIDTHS = range(4, 9)  # bits of weights and of activations that the panel kernels know
+FLOAT_BITS = 16  # ``a16``: activations stay in the model's float type
+GROUPS = (16, 32, 64, 128, 256)  # whole steps of every streamed format; sums of a group's codes fit 16 bits
+_GRAMMAR = re.compile(r"w(\d{1,2})a(\d{1,2})(?:-g(\d{1,9}))?")
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """Integer code widths of a linear site: symmetric weights per channel, affine activations per token."""
+    """Code widths of a linear site: symmetric weights per channel or group, affine activations per token.
+
+    ``group`` is the number of input features that share a scale (0: all of an output channel); ``act_bits`` 16 is float.
+    """
 
     weight_bits: int
     act_bits: int
+    group: int = 0
 
     def __str__(self) -> str:
-        return f"w{self.weight_bits}a{self.act_bits}"
+        return f"w{self.weight_bits}a{self.act_bits}" + (f"-g{self.group}" if self.group else "")
+
+    @property
+    def is_weight_only(self) -> bool:
+        return self.act_bits == FLOAT_BITS
 
 
-SCHEMES = {str(scheme): scheme for scheme in (Scheme(8, 8), Scheme(8, 7), Scheme(7, 7))}
+PANEL_SCHEMES = {str(scheme): scheme for scheme in (Scheme(w, a) for w in reversed(WIDTHS) for a in reversed(WIDTHS))}
+LUT_SCHEMES = {str(scheme): scheme for scheme in (Scheme(2, 6), Scheme(2, 4))}
+WEIGHT_ONLY_SCHEMES = {str(scheme): scheme for scheme in (Scheme(8, 16), Scheme(4, 16), Scheme(2, 16))}
+SCHEMES = PANEL_SCHEMES | LUT_SCHEMES | WEIGHT_ONLY_SCHEMES  # without groups
+GROUPED = (*WEIGHT_ONLY_SCHEMES, "w4a8")  # what may have ``-g<size>``
 SETTINGS = ("auto", "float", *SCHEMES)
+
+
+def parse_scheme(name: str) -> Scheme:
+    """The scheme of a name such as ``w8a7`` or ``w4a16-g64``.
+
+    Raises:
+        ConfigError: the name does not follow the grammar, or no kernel has these widths or this group size.
+    """
+    match = _GRAMMAR.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"unknown scheme {name!r}; {_hint(name)}")
+    scheme = Scheme(int(match[1]), int(match[2]))
+    if str(scheme) not in SCHEMES:
+        raise ConfigError(
+            f"unknown scheme {name!r}: no kernel multiplies {scheme.weight_bits}-bit weights by {scheme.act_bits}-bit "
+            f"activations; the nearest is '{_nearest(scheme)}'"
+        )
+    return scheme if match[3] is None else _grouped(name, scheme, int(match[3]))
 
 
 def check_setting(name: str) -> str:
@@ -36,13 +99,33 @@ def check_setting(name: str) -> str:
     Raises:
         ConfigError: it is none of them.
     """
-    if name not in SETTINGS:
-        close = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(SETTINGS)
-        raise ConfigError(f"unknown scheme {name!r}; {hint}")
-    return name
+    return name if name in ("auto", "float") else str(parse_scheme(name))
 
 
 def choose_scheme(isa: str) -> Scheme | None:
     """What ``auto`` means on an instruction set: the fastest exact scheme there, or None where float is faster."""
     return {"avx2": SCHEMES["w8a7"], "avx_vnni": SCHEMES["w8a8"], "avx512_vnni": SCHEMES["w8a8"]}.get(isa)
+
+
+def _grouped(name: str, scheme: Scheme, group: int) -> Scheme:
+    if str(scheme) not in GROUPED:
+        raise ConfigError(
+            f"scheme {name!r}: {scheme} has one weight scale an output channel; groups go with {', '.join(GROUPED)}"
+        )
+    if group not in GROUPS:
+        raise ConfigError(f"scheme {name!r}: no kernel has groups of {group}; use {', '.join(map(str, GROUPS))}")
+    return Scheme(scheme.weight_bits, scheme.act_bits, group)
+
+
+def _nearest(scheme: Scheme) -> Scheme:
+    def distance(other: Scheme) -> int:
+        return abs(other.weight_bits - scheme.weight_bits) + abs(other.act_bits - scheme.act_bits)
+
+    return min(SCHEMES.values(), key=distance)
+
+
+def _hint(name: str) -> str:
+    close = difflib.get_close_matches(name.lower(), SETTINGS, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: auto, float and w<bits>a<bits>[-g<size>], such as w8a8, w6a6 or w4a16-g64"

@@ -4,9 +4,11 @@ The tracker holds weak references only: a graph that Dynamo drops leaves no trac
 """
 
 import functools
+import inspect
 import time
+import types
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant._compat import frame_fields
+from fxquant._compat import frame_fields, is_called_by_user_code
 from fxquant.binding import Binder, Packed
 from fxquant.config import FxQuantConfig
 from fxquant.passes.rule import Event
@@ -30,8 +32,10 @@ class CompiledGraph:
         code = frame_fields()
         self.config = config
         self.isa = isa
-        self.code = (code["co_filename"], code["co_firstlineno"])
-        self.is_partial = _is_partial(gm, code["co_name"])
+        self._started = time.perf_counter()
+        self._places = [(code["co_filename"], code["co_firstlineno"], code["co_name"]), *_callers()]
+        self.is_partial = _is_partial(gm, code["co_name"]) or is_called_by_user_code()
+        self.unmatched = list(config.sites)  # patterns that name no site of this graph
         self.record = GraphRecord(
             name=code["co_name"],
             place=f"{code['co_filename']}:{code['co_firstlineno']}",
@@ -96,30 +100,42 @@ class CompiledGraph:
         self.record = replace(self.record, sites=rows)
 
     def on_bind(self, packed: dict[str, Packed], tensors: Sequence[Tensor]) -> None:
-        """Remember a set of Parameters that the graph was bound to."""
+        """Remember a set of Parameters that the graph was bound to, for as long as all of them live."""
         if not tensors:
             return  # no weight is packed: the graph runs for every caller alike
         key = tuple(map(id, tensors))
         outcomes = {site: result.without_contents() for site, result in packed.items()}
-        self.bound[key] = ([weakref.ref(tensor) for tensor in tensors], outcomes)
+        this = weakref.ref(self)
+
+        def drop(_: object) -> None:
+            graph = this()
+            if graph is not None:
+                graph.bound.pop(key, None)
+
+        self.bound[key] = ([weakref.ref(tensor, drop) for tensor in tensors], outcomes)
 
     def forget(self, ids: set[int]) -> None:
         """Drop every packed weight that was made from one of the tensors with these ids."""
         if self.binder is not None:
             self.binder.forget(ids)
 
-    def records_for(self, names: dict[int, str] | None) -> list[GraphRecord]:
-        """One record a bound set of Parameters among ``names`` (id → name; None: all of them)."""
+    def is_part_of(self, code: types.CodeType) -> bool:
+        """Whether this graph is of a function's code, follows a graph break in it, or was compiled for a call in it."""
+        return any(_is_in(code, *place) for place in self._places)
+
+    def records_for(self, names: dict[int, str], keep: Callable[[set[int]], bool]) -> list[GraphRecord]:
+        """One record a bound set of Parameters that ``keep`` takes by their identities; ``names`` are those of a module."""
         if not self.bound:
             mine = {id(p) for ref in self._parameters if (p := ref()) is not None}
-            return [self.record] if names is None or mine & names.keys() else []
+            is_orphan = bool(self._parameters) and not mine  # nobody can call it any more
+            return [self.record] if keep(mine) and not is_orphan else []
         found = []
-        for refs, packed in self.bound.values():
-            tensors = [tensor for ref in refs if (tensor := ref()) is not None]
-            if not tensors or (names is not None and not any(id(tensor) in names for tensor in tensors)):
+        for refs, packed in list(self.bound.values()):
+            ids = {id(tensor) for ref in refs if (tensor := ref()) is not None}
+            if not ids or not keep(ids):
                 continue
             rows = tuple(_rebound(row, packed) for row in self.record.sites)
-            prefix = _common_prefix([names[id(t)] for t in tensors if id(t) in names]) if names else ""
+            prefix = _common_prefix([name for key, name in names.items() if key in ids])
             found.append(replace(self.record, sites=rows, bound_to=prefix))
         return found
 
@@ -137,11 +153,16 @@ class Tracker:
         return graph
 
     def graphs(self) -> list[CompiledGraph]:
-        """Every live graph."""
-        return list(self._graphs)
+        """Every live graph, in the order in which they were compiled."""
+        return sorted(self._graphs, key=lambda graph: graph._started)
+
+    def still_unmatched(self, graph: CompiledGraph) -> list[str]:
+        """The patterns that name no site of this graph nor of another graph of its function (another branch of it)."""
+        family = [g for g in self._graphs if g._places[0] == graph._places[0] and g.config == graph.config]
+        return [pattern for pattern in graph.unmatched if all(pattern in other.unmatched for other in family)]
 
     def has_partial(self, config: FxQuantConfig) -> bool:
-        """Whether some graph of this config is only a part of its function (a graph break)."""
+        """Whether some graph of this config is only a part of what was compiled (a graph break)."""
         return any(graph.is_partial and graph.config == config for graph in self._graphs)
 
 
@@ -149,6 +170,26 @@ class Tracker:
 def tracker() -> Tracker:
     """The tracker of this process."""
     return Tracker()
+
+
+def _callers() -> list[tuple[str, int, str]]:
+    """File, first line and name of every function that is running: a call behind a graph break is compiled on its own."""
+    frame, found = inspect.currentframe(), []
+    while frame is not None:
+        code = frame.f_code
+        found.append((code.co_filename, code.co_firstlineno, code.co_name))
+        frame = frame.f_back
+    return found
+
+
+def _is_in(code: types.CodeType, file: str, line: int, name: str) -> bool:
+    """Whether a place is a code's own, or that of what Dynamo made from it behind a graph break."""
+    if file != code.co_filename:
+        return False
+    if name == code.co_name:
+        return line == code.co_firstlineno
+    last = max((number for *_, number in code.co_lines() if number is not None), default=line)
+    return name.startswith(f"torch_dynamo_resume_in_{code.co_name}_at_") and code.co_firstlineno <= line <= last
 
 
 def _is_partial(gm: fx.GraphModule, code_name: str) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import PackError
+from fxquant.linear_formats import format_of
 from fxquant.reference import MAX_K, quantize_weight
 from fxquant.schemes import Scheme
 
@@ -45,8 +46,7 @@ def round_weight(weight: Tensor, bits: int) -> Codes:
 
 def pack_codes(rounded: Codes, scheme: Scheme) -> Tensor:
     """The packed form (uint8 vector) of a rounded weight; its length depends on N, K and the scheme only."""
-    packed: Tensor = torch.ops.fxquant.pack_linear(rounded.codes, rounded.scale, scheme.weight_bits, scheme.act_bits)
-    return packed
+    return format_of(scheme).pack(rounded.codes, rounded.scale, scheme)
 
 
 def pack_linear(weight: Tensor, scheme: Scheme) -> Tensor:

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant._compat import make_fx, maybe_fake_mode
+from fxquant._compat import DYNAMO_CONTROL_FLOW, ENTER_AUTOCAST, EXIT_AUTOCAST, is_higher_order
 from fxquant.errors import RuleError
+from fxquant.passes.replace import insert, misfit, trace_rewrite
 from fxquant.passes.rule import Event, Fired, Refused, Rule
 
 READ_ELSEWHERE = "an intermediate value is read elsewhere"
 WRITTEN = "an in-place operator runs between the matched operators"
+AUTOCAST = "an autocast region starts or ends between the matched operators"
+UNKNOWN_VALUE = "the shapes and dtypes inside a vmap region are not known"
 NUMBER_TOLERANCE = 1e-8
 
 _OPERATORS = {operator.truediv: "div", operator.getitem: "getitem", operator.matmul: "matmul", operator.pow: "pow"}
@@ -33,13 +36,17 @@ _SYNONYMS = {"mm": "matmul", "bmm": "matmul", "_to_copy": "to", "special_erf": "
 
 @dataclass(frozen=True)
 class Match:
-    """Operands by name (attribute access gives fake tensors or Python values) and the matched nodes, root first."""
+    """Operands by name (attribute access gives fake tensors or Python values) and the matched nodes, root first.
+
+    ``nodes`` holds what was looked through between matched operators too; ``aliases`` are other names of an operand.
+    """
 
     rule: Rule
     spelling: int
     root: fx.Node
     operands: dict[str, Any]
     nodes: tuple[fx.Node, ...] = field(default=())
+    aliases: tuple[fx.Node, ...] = field(default=())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -58,6 +65,10 @@ class Match:
         """Whether an operand is a weight: computed from Parameters and constants alone."""
         node = self.node(name)
         return node is not None and bool(node.meta.get("fxquant_frozen", False))
+
+    def is_computed_in(self, dtype: torch.dtype) -> bool:
+        """Whether every matched value has this dtype; in an autocast region it may differ from that of the operands."""
+        return all(node.meta["val"].dtype == dtype for node in self.nodes)
 
 
 def apply(rules: tuple[Rule, ...], gm: fx.GraphModule) -> list[Event]:
@@ -80,85 +91,61 @@ def apply(rules: tuple[Rule, ...], gm: fx.GraphModule) -> list[Event]:
 
 
 def _try(match: Match, gone: set[fx.Node]) -> Event:
-    sentence = refusal(match)
-    if sentence is None and match.rule.rewrite is not None:
-        gone.update(fire(match))
-        return Fired(match.rule, match.root.name)
-    return Refused(match.rule, match.root.name, sentence or "it is only named")
+    """Fire a match, or leave the site as it is with a reason; a rule that fails costs nothing but its own site."""
+    rule = match.rule
+    try:
+        sentence = refusal(match)
+        if sentence is None and rule.rewrite is not None:
+            body = trace_rewrite(match)
+            sentence = misfit(match.root, body)
+            if sentence is None:
+                gone.update(insert(match, body))
+                return Fired(rule, match.root.name)
+    except DYNAMO_CONTROL_FLOW:
+        raise
+    except Exception as error:
+        problem = (str(error).strip().splitlines() or ["no message"])[0]
+        sentence = f"the rule {rule.name} failed here: {type(error).__name__}: {problem}"
+    return Refused(rule, match.root.name, sentence or "it is only named")
 
 
 def refusal(match: Match) -> str | None:
     """Why a match must not be rewritten, or None."""
+    if any("val" not in node.meta for node in (*match.nodes, *filter(None, map(match.node, match.operands)))):
+        return UNKNOWN_VALUE
     for sentence, holds in match.rule.precondition(match):
         if not holds:
             return sentence
     inside = set(match.nodes)
     if any(user not in inside for node in match.nodes[1:] for user in node.users):
         return READ_ELSEWHERE
-    return WRITTEN if _is_written_between(match) else None
-
-
-def fire(match: Match) -> list[fx.Node]:
-    """Replace the match by its rewrite; returns the nodes that are gone."""
-    tensors = {name: value for name, value in match.operands.items() if isinstance(value, fx.Node)}
-    body = _rewritten(match, tensors)
-    copies = dict(zip(body.graph.find_nodes(op="placeholder"), tensors.values(), strict=True))
-    root = match.root
-    with root.graph.inserting_before(root):
-        for old in body.graph.nodes:
-            if old.op in ("placeholder", "output"):
-                continue
-            new = root.graph.node_copy(old, lambda n: copies[n])
-            new.meta = {**root.meta, "val": old.meta["val"]}
-            new.meta["fxquant_frozen"] = all(n.meta.get("fxquant_frozen", False) for n in new.all_input_nodes)
-            new.meta["fxquant"] = {"rule": match.rule.name, "replaced": [n.name for n in match.nodes]}
-            copies[old] = new
-    (result,) = body.graph.find_nodes(op="output")[0].all_input_nodes
-    root.replace_all_uses_with(copies[result])
-    erased = []
-    for node in match.nodes:  # from the root backwards
-        if not node.users:
-            root.graph.erase_node(node)
-            erased.append(node)
-    return erased
-
-
-def _rewritten(match: Match, tensors: dict[str, fx.Node]) -> fx.GraphModule:
-    """The rewrite as a graph over the tensor operands; traced with their fake values."""
-    fixed = {name: value for name, value in match.operands.items() if name not in tensors}
-    rewrite = match.rule.rewrite
-    assert rewrite is not None
-
-    def call(*values: Tensor) -> Any:
-        return rewrite(**fixed, **dict(zip(tensors, values, strict=True)))
-
-    values = [node.meta["val"] for node in tensors.values()]
-    with maybe_fake_mode(values):
-        traced: fx.GraphModule = make_fx(call, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
-    return traced
+    return _barrier(match)
 
 
 def match_at(rule: Rule, spelling: int, node: fx.Node) -> Match | None:
     """The match of one spelling of a rule with its root at a node, or None."""
     pattern = _trace(rule.all_spellings[spelling])
-    state = _State({}, {})
+    state = _State({}, {}, (), ())
     if not _unify(pattern.root, node, state):
         return None
     operands = {name: state.operands.get(name) for name in pattern.parameters}
-    nodes = tuple(sorted(set(state.nodes.values()), reverse=True))
-    return Match(rule, spelling, node, {**dict.fromkeys(_parameters(rule)), **operands}, nodes)
+    nodes = tuple(sorted({*state.nodes.values(), *state.passed}, reverse=True))
+    aliases = tuple(alias for alias in state.aliases if alias not in nodes)
+    return Match(rule, spelling, node, {**dict.fromkeys(_parameters(rule)), **operands}, nodes, aliases)
 
 
 @dataclass
 class _State:
     operands: dict[str, Any]
     nodes: dict[fx.Node, fx.Node]  # pattern node → graph node
+    passed: tuple[fx.Node, ...]  # looked through between two matched nodes
+    aliases: tuple[fx.Node, ...]  # looked through to see that two values are one operand
 
     def copy(self) -> "_State":
-        return _State(dict(self.operands), dict(self.nodes))
+        return _State(dict(self.operands), dict(self.nodes), self.passed, self.aliases)
 
     def take(self, other: "_State") -> None:
-        self.operands, self.nodes = other.operands, other.nodes
+        self.operands, self.nodes, self.passed, self.aliases = other.operands, other.nodes, other.passed, other.aliases
 
 
 @dataclass(frozen=True)
@@ -210,7 +197,11 @@ def _unify(pattern: Any, value: Any, state: _State) -> bool:
     if isinstance(pattern, fx.Node):
         if pattern.op == "placeholder":
             return _bind(str(pattern.target), value, state)
-        return isinstance(value, fx.Node) and _unify_node(pattern, look_through(value), state)
+        if not isinstance(value, fx.Node):
+            return False
+        inner, passed = look_through(value)
+        state.passed += passed
+        return _unify_node(pattern, inner, state)
     if isinstance(pattern, (list, tuple)):
         if not isinstance(value, (list, tuple)) or len(pattern) != len(value):
             return False
@@ -226,7 +217,9 @@ def _bind(name: str, value: Any, state: _State) -> bool:
         return True
     known = state.operands[name]
     if isinstance(known, fx.Node) and isinstance(value, fx.Node):
-        return look_through(known) is look_through(value)
+        (inner, passed), (other, passed_too) = look_through(known), look_through(value)
+        state.aliases += (*passed, *passed_too)
+        return inner is other
     return not isinstance(known, fx.Node) and not isinstance(value, fx.Node) and _same_constant(known, value)
 
 
@@ -292,11 +285,13 @@ def _from_front(dim: Any, node: fx.Node) -> Any:
     return dim + value.dim() if is_plain and isinstance(value, Tensor) else dim
 
 
-def look_through(node: fx.Node) -> fx.Node:
-    """The value behind operators that change nothing."""
+def look_through(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """The value behind operators that change nothing, and those operators."""
+    passed: tuple[fx.Node, ...] = ()
     while (source := _unchanged(node)) is not None:
+        passed += (node,)
         node = source
-    return node
+    return node, passed
 
 
 def _unchanged(node: fx.Node) -> fx.Node | None:
@@ -315,14 +310,16 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _is_written_between(match: Match) -> bool:
-    first = min(match.nodes)
-    node = first.next
+def _barrier(match: Match) -> str | None:
+    """What stands between the first matched node and the root and forbids to move them together, or None."""
+    node = min((*match.nodes, *match.aliases))
     while node is not match.root:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            return True
+        if node.target is ENTER_AUTOCAST or node.target is EXIT_AUTOCAST:
+            return AUTOCAST
+        if is_higher_order(node.target) or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+            return WRITTEN
         node = node.next
-    return False
+    return None
 
 
 def _without_repeats(events: list[Event]) -> list[Event]:

@@ -3,6 +3,7 @@
 from fxquant.ops import sigmoid_attention as _sigmoid_attention  # noqa: F401 - defines its operators
 from fxquant.ops.library import LIBRARY
 from fxquant.ops.linear import packed_bytes
+from fxquant.ops.linear_lut import packed_lut_bytes
 from fxquant.ops.softmax import BLOCKED, THREE_PASS, TWO_PASS
 
-__all__ = ["BLOCKED", "LIBRARY", "THREE_PASS", "TWO_PASS", "packed_bytes"]
+__all__ = ["BLOCKED", "LIBRARY", "THREE_PASS", "TWO_PASS", "packed_bytes", "packed_lut_bytes"]

@@ -15,8 +15,8 @@ def packed_bytes(n: int, k: int, weight_bits: int, act_bits: int) -> int:
     size = 64 + panels * (steps * 64 + 128) + _align(panels * 4)
     if weight_bits + act_bits > 15:
         return size
-    longest = 2 if weight_bits == 8 else 4
-    capacity = (steps + longest - 1) // longest
+    shortest = 65535 // (((1 << act_bits) - 1) * ((1 << weight_bits) - 2))
+    capacity = (steps + shortest - 1) // shortest
     return size + panels * 64 + _align(panels * capacity * 2) + panels * capacity * 64
 
 
@@ -26,6 +26,19 @@ def _align(size: int) -> int:
 
 def _linear_dynamic(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, weight_bits: int, act_bits: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_static(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    out_features: int,
+    weight_bits: int,
+    act_bits: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -59,6 +72,11 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 define(
     "linear_dynamic(Tensor x, Tensor packed, Tensor? bias, int out_features, int weight_bits, int act_bits) -> Tensor",
     _linear_dynamic,
+)
+define(
+    "linear_static(Tensor x, Tensor packed, Tensor? bias, Tensor scale, Tensor zero_point, int out_features,"
+    " int weight_bits, int act_bits) -> Tensor",
+    _linear_static,
 )
 define(
     "linear_dynamic_int32(Tensor x, Tensor packed, int out_features, int weight_bits, int act_bits, int isa)"

@@ -6,8 +6,10 @@ from fxquant.reference.linear import (
     fake_quant_per_channel,
     fake_quant_per_token,
     linear_dynamic,
+    linear_static,
     linear_sums,
     quantize_activation,
+    quantize_static,
     quantize_weight,
 )
 
@@ -17,7 +19,9 @@ __all__ = [
     "fake_quant_per_channel",
     "fake_quant_per_token",
     "linear_dynamic",
+    "linear_static",
     "linear_sums",
     "quantize_activation",
+    "quantize_static",
     "quantize_weight",
 ]

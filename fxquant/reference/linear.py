@@ -13,6 +13,9 @@ Activations, b bits, per token, affine unsigned (qmax = 2^b - 1), scale and zero
 point 0 and codes 0, so its outputs are NaN. The product, with exact integer sums and float32 products in this order::
 
     y = float(sum_k (q_x - zero_point) q_w) * (scale_x * scale_w) + bias
+
+Static activations are coded by the same last formula with one scale (a positive normal float32) and zero point (0 .. qmax)
+for all tokens; what lies outside their range is clipped, and a token that is not finite still gives NaN.
 """
 
 import math
@@ -50,6 +53,13 @@ def quantize_activation(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """codes uint8 [..., K] of x float32 [..., K] for one scale (float32) and zero point (int32); not finite: 0."""
+    quotient = torch.where(torch.isfinite(x), x, 0.0) / scale.reshape(())
+    codes = (torch.round(quotient) + zero_point.reshape(())).clamp(0, 2**bits - 1)
+    return torch.where(torch.isfinite(x).all(-1, keepdim=True), codes, 0.0).to(torch.uint8)
+
+
 def linear_sums(codes: Tensor, zero_point: Tensor, weight_codes: Tensor) -> Tensor:
     """sum_k (q_x - zero_point) q_w, exactly, int32 [..., N]."""
     shifted = codes.to(torch.float64) - zero_point[..., None]
@@ -60,6 +70,17 @@ def linear_dynamic(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
     """y float32 [..., N] from x float32 [..., K], weight codes int8 [N, K], their scale [N] and a bias [N] or None."""
     q, scale_x, zero_point = quantize_activation(x, act_bits)
     y = linear_sums(q, zero_point, codes).to(torch.float32) * (scale_x[..., None] * scale)
+    return y if bias is None else y + bias
+
+
+def linear_static(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, scale_x: Tensor, zero_point: Tensor, act_bits: int
+) -> Tensor:
+    """As ``linear_dynamic``, with one activation scale (float32) and zero point (int32) given."""
+    q = quantize_static(x, scale_x, zero_point, act_bits)
+    sums = linear_sums(q, zero_point.reshape(()).expand(x.shape[:-1]), codes)
+    finite = torch.isfinite(x).all(-1, keepdim=True)
+    y = sums.to(torch.float32) * (torch.where(finite, scale_x.reshape(()), math.nan) * scale)
     return y if bias is None else y + bias
 
 

@@ -49,6 +49,11 @@ UNITS: dict[str, tuple[str, ...]] = {
     "flash_sigmoid_avx2.cpp": _AVX2,
     "flash_sigmoid_avx512.cpp": _AVX512,
     "flash_sigmoid_ops.cpp": _TORCH,
+    "lut.cpp": (),
+    "lut_scalar.cpp": (),
+    "lut_avx2.cpp": _AVX2,
+    "lut_avx512.cpp": _AVX512,
+    "lut_ops.cpp": _TORCH,
 }
 
 

@@ -11,14 +11,36 @@ constexpr uint32_t kMagic = 0x4c515846;  // "FXQL"
 constexpr uint32_t kVersion = 1;
 constexpr int64_t kMaxRows = 14;  // most rows of one micro-kernel call
 
+// A quotient beyond this is clipped whatever the zero point: clipping it in float keeps conversions to int in range.
+constexpr float kFarthest = 256.f;
+
+// Codes of a row, to a whole step.
+constexpr int64_t padded_features(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
+
 constexpr int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Longest accumulation that no input can overflow, in steps, for worst-case weights: a 16-bit lane adds two products a
-// step, so T steps span at most (2^a - 1) * 2 * (2^(w-1) - 1) * T, and a centred accumulator holds a span of 65535.
-//   w8a7: 127 * 2 * 127 * 2 = 64516 <= 65535     w7a7: 127 * 2 * 63 * 4 = 64008 <= 65535
-constexpr int64_t min_segment(int32_t weight_bits) { return weight_bits == 8 ? 2 : 4; }
-// 16-bit accumulation is exact up to 15 bits in all: one product pair spans (2^7 - 1) * 2 * (2^7 - 1) = 32258 <= 32767.
+constexpr int32_t kMinBits = 4, kMaxBits = 8;
+constexpr bool is_width(int64_t bits) { return kMinBits <= bits && bits <= kMaxBits; }
+
+// Largest magnitude that a 16-bit lane gains in a step, when it adds two products: (2^a - 1) * 2 * (2^(w-1) - 1).
+constexpr int64_t largest_pair(int32_t weight_bits, int32_t act_bits) {
+  return ((int64_t{1} << act_bits) - 1) * ((int64_t{1} << weight_bits) - 2);
+}
+// Products are summed in 16 bits up to 15 bits in all.
 constexpr bool has_schedule(int32_t weight_bits, int32_t act_bits) { return weight_bits + act_bits <= 15; }
+// Steps that no input can overflow, whatever the weights: over T steps a lane spans at most T * largest_pair, and a
+// centred accumulator holds a span of 65535. Every segment but a panel's last is at least this long.
+constexpr int64_t min_segment(int32_t weight_bits, int32_t act_bits) { return 65535 / largest_pair(weight_bits, act_bits); }
+
+// Proof for every width pair: vpmaddubsw does not saturate, and a step always fits. 15 bits in all give at most
+// 2^15 - 2^(a+1) - 2^w + 2 < 32767; 8 x 8 bits would saturate (64770).
+constexpr bool pairs_are_exact() {
+  for (int32_t w = kMinBits; w <= kMaxBits; w++)
+    for (int32_t a = kMinBits; a <= kMaxBits; a++)
+      if (has_schedule(w, a) != (largest_pair(w, a) <= 32767) || (has_schedule(w, a) && min_segment(w, a) < 2)) return false;
+  return true;
+}
+static_assert(pairs_are_exact());
 
 struct Header {
   uint32_t magic, version;
@@ -36,8 +58,8 @@ struct Layout {
 
   Layout(int64_t n_, int64_t k_, int32_t weight_bits, int32_t act_bits)
       : n(n_), k(k_), panels((n_ + kPanel - 1) / kPanel), steps((k_ + kStep - 1) / kStep) {
-    const int64_t longest = min_segment(weight_bits);
-    capacity = has_schedule(weight_bits, act_bits) ? (steps + longest - 1) / longest : 0;
+    const int64_t shortest = has_schedule(weight_bits, act_bits) ? min_segment(weight_bits, act_bits) : 0;
+    capacity = shortest ? (steps + shortest - 1) / shortest : 0;
     weights = 64;
     scales = weights + panels * steps * 64;
     sums = scales + panels * 64;
@@ -59,7 +81,7 @@ struct Scratch {
     zero_points = align64(m * 4);
     codes = 2 * zero_points;
     // An odd number of cache lines: rows a power of two apart would fall into one set of the first-level cache.
-    stride = align64((k + kStep - 1) / kStep * kStep * (wide ? 2 : 1)) | 64;
+    stride = align64(padded_features(k) * (wide ? 2 : 1)) | 64;
     bytes = codes + m * stride;
   }
 };
@@ -68,15 +90,19 @@ struct Scratch {
 using PanelFn = void (*)(
     const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* packed, const Layout& layout, int64_t panel,
     int32_t* sums);
-// One row: codes u8 (padded with zeros to a whole step), scale, zero point.
-using QuantizeFn = void (*)(const float* x, int64_t k, int32_t qmax, uint8_t* codes, float* scale, int32_t* zero_point);
-// out[i][j] = float(sums[i][j] - zero_point[i] * column_sum[j]) * (scale_x[i] * scale_w[j])
+// Lowest and highest value of a row, zero among them; false where a value is not finite.
+using ExtentFn = bool (*)(const float* x, int64_t k, float* low, float* high);
+// clip(rne(x / scale) + zero_point, 0, qmax) of a finite row, padded with zeros to a whole step; scale >= FLT_MIN.
+using EncodeFn = void (*)(
+    const float* x, int64_t k, int32_t qmax, float scale, int32_t zero_point, uint8_t* codes);
+// out[i][j] = float(sums[i][j] - zero_point[i] * column_sum[j]) * (scale_x[i] * scale_w[j]) + bias[j]; bias may be null
 using FinishFn = void (*)(
     const int32_t* sums, const int32_t* column_sums, const float* scale_w, const float* scale_x,
-    const int32_t* zero_points, int64_t rows, int64_t columns, float* out, int64_t ldo);
+    const int32_t* zero_points, const float* bias, int64_t rows, int64_t columns, float* out, int64_t ldo);
 
 struct Kernels {
-  QuantizeFn quantize;
+  ExtentFn extent;
+  EncodeFn encode;
   PanelFn panel_8x8;   // any scheme
   PanelFn panel_15;    // schemes with a schedule
   PanelFn pair;        // two panels, any scheme; null where one panel fills the registers

@@ -4,7 +4,9 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 using namespace fxquant;
 
@@ -53,6 +55,46 @@ void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, 
   }
 }
 
+struct Qparams {
+  float scale;
+  int32_t zero_point;
+};
+
+// The scale and zero point that cover a row from low <= 0 to high >= 0.
+Qparams qparams_of(float low, float high, int32_t qmax) {
+  const float top = static_cast<float>(qmax);
+  const float scale = std::max(high / top - low / top, std::numeric_limits<float>::min());
+  return {scale, std::clamp(static_cast<int32_t>(std::lrintf(-low / scale)), 0, qmax)};
+}
+
+// Quantizes rows with fixed qparams, or (null) with those of each row.
+void quantize_rows(
+    const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
+    const Qparams* fixed, uint8_t* scratch, int64_t m) {
+  const bool wide = is_wide(weight_bits, act_bits);
+  const int32_t qmax = (1 << act_bits) - 1;
+  const Scratch rows(m, k, wide);
+  const Kernels& kernel = kernels();
+  float* scales = reinterpret_cast<float*>(scratch);
+  int32_t* zero_points = reinterpret_cast<int32_t*>(scratch + rows.zero_points);
+  for (int64_t i = m0; i < m1; i++) {
+    const float* row = x + i * ldx;
+    uint8_t* codes = scratch + rows.codes + i * rows.stride;
+    uint8_t* narrow = wide ? codes + rows.stride / 2 : codes;
+    float low, high;
+    Qparams used{std::numeric_limits<float>::quiet_NaN(), 0};  // of a row with a value that is not finite
+    if (kernel.extent(row, k, &low, &high)) {
+      used = fixed ? *fixed : qparams_of(low, high, qmax);
+      kernel.encode(row, k, qmax, used.scale, used.zero_point, narrow);
+    } else {
+      std::memset(narrow, 0, padded_features(k));
+    }
+    scales[i] = used.scale;
+    zero_points[i] = used.zero_point;
+    if (wide) spread(narrow, rows.stride / 2, codes);
+  }
+}
+
 }  // namespace
 
 bool fxquant::is_wide(int32_t weight_bits, int32_t act_bits) {
@@ -77,22 +119,25 @@ extern "C" int64_t fxquant_linear_scratch_bytes(int64_t m, int64_t k, int32_t we
 extern "C" void fxquant_quantize_rows(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
     uint8_t* scratch, int64_t m) {
-  const bool wide = is_wide(weight_bits, act_bits);
-  const Scratch rows(m, k, wide);
-  const QuantizeFn quantize = kernels().quantize;
-  float* scales = reinterpret_cast<float*>(scratch);
-  int32_t* zero_points = reinterpret_cast<int32_t*>(scratch + rows.zero_points);
-  for (int64_t i = m0; i < m1; i++) {
-    uint8_t* codes = scratch + rows.codes + i * rows.stride;
-    uint8_t* narrow = wide ? codes + rows.stride / 2 : codes;
-    quantize(x + i * ldx, k, (1 << act_bits) - 1, narrow, scales + i, zero_points + i);
-    if (wide) spread(narrow, rows.stride / 2, codes);
-  }
+  quantize_rows(x, ldx, m0, m1, k, weight_bits, act_bits, nullptr, scratch, m);
+}
+
+extern "C" void fxquant_quantize_rows_static(
+    const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
+    const float* scale, const int32_t* zero_point, uint8_t* scratch, int64_t m) {
+  const Qparams fixed{*scale, *zero_point};
+  quantize_rows(x, ldx, m0, m1, k, weight_bits, act_bits, &fixed, scratch, m);
 }
 
 extern "C" void fxquant_linear_tile(
     const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     float* out, int64_t ldo) {
+  fxquant_linear_bias_tile(scratch, m, packed, nullptr, m0, m1, n0, n1, out, ldo);
+}
+
+extern "C" void fxquant_linear_bias_tile(
+    const uint8_t* scratch, int64_t m, const uint8_t* packed, const float* bias, int64_t m0, int64_t m1, int64_t n0,
+    int64_t n1, float* out, int64_t ldo) {
   if (m0 >= m1) return;
   const float* scale_x = reinterpret_cast<const float*>(scratch);
   const int32_t* zero_points = reinterpret_cast<const int32_t*>(scratch + align64(m * 4));
@@ -100,8 +145,8 @@ extern "C" void fxquant_linear_tile(
   walk(scratch, m, packed, m0, m1, n0, n1,
        [&](const Layout& layout, const int32_t* sums, int64_t i, int64_t rows, int64_t n, int64_t columns) {
          finish(sums, reinterpret_cast<const int32_t*>(packed + layout.sums) + n,
-                reinterpret_cast<const float*>(packed + layout.scales) + n, scale_x + i, zero_points + i, rows, columns,
-                out + (i - m0) * ldo + (n - n0), ldo);
+                reinterpret_cast<const float*>(packed + layout.scales) + n, scale_x + i, zero_points + i,
+                bias ? bias + n : nullptr, rows, columns, out + (i - m0) * ldo + (n - n0), ldo);
        });
 }
 

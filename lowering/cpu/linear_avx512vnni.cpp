@@ -4,9 +4,7 @@
 #include "simd.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
 namespace fxquant {
 namespace {
@@ -14,11 +12,13 @@ namespace {
 inline __mmask16 tail_mask(int64_t left) { return static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1); }
 
 inline __m512i code16(__m512 x, __m512 s, __m512i zero, __m512i top) {
-  const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_div_ps(x, s)), zero);
+  const __m512 most = _mm512_set1_ps(kFarthest), least = _mm512_set1_ps(-kFarthest);
+  const __m512 quotient = _mm512_min_ps(_mm512_max_ps(_mm512_div_ps(x, s), least), most);
+  const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(quotient), zero);
   return _mm512_min_epi32(_mm512_max_epi32(q, _mm512_setzero_si512()), top);
 }
 
-void quantize(const float* x, int64_t k, int32_t qmax, uint8_t* codes, float* scale, int32_t* zero_point) {
+bool extent(const float* x, int64_t k, float* lowest, float* highest) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512 low = _mm512_setzero_ps(), high = low;
   __m512i bits = _mm512_setzero_si512();
@@ -28,33 +28,26 @@ void quantize(const float* x, int64_t k, int32_t qmax, uint8_t* codes, float* sc
     high = _mm512_max_ps(high, v);
     bits = _mm512_max_epi32(bits, _mm512_and_epi32(_mm512_castps_si512(v), magnitude));
   }
-  const int64_t padded = (k + kStep - 1) / kStep * kStep;
-  if (_mm512_reduce_max_epi32(bits) >= 0x7f800000) {
-    std::memset(codes, 0, padded);
-    *scale = std::numeric_limits<float>::quiet_NaN();
-    *zero_point = 0;
-    return;
-  }
-  const float top = static_cast<float>(qmax);
-  const float bottom = _mm512_reduce_min_ps(low);
-  const float s = std::max(_mm512_reduce_max_ps(high) / top - bottom / top, std::numeric_limits<float>::min());
-  const int32_t zero = std::clamp(static_cast<int32_t>(std::lrintf(-bottom / s)), 0, qmax);
-  const __m512 vs = _mm512_set1_ps(s);
-  const __m512i vz = _mm512_set1_epi32(zero), vt = _mm512_set1_epi32(qmax);
+  *lowest = _mm512_reduce_min_ps(low);
+  *highest = _mm512_reduce_max_ps(high);
+  return _mm512_reduce_max_epi32(bits) < 0x7f800000;
+}
+
+void encode(const float* x, int64_t k, int32_t qmax, float scale, int32_t zero_point, uint8_t* codes) {
+  const __m512 vs = _mm512_set1_ps(scale);
+  const __m512i vz = _mm512_set1_epi32(zero_point), vt = _mm512_set1_epi32(qmax);
   int64_t i = 0;
   for (; i + 16 <= k; i += 16) {
     const __m128i bytes = _mm512_cvtepi32_epi8(code16(_mm512_loadu_ps(x + i), vs, vz, vt));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), bytes);
   }
-  std::memset(codes + i, 0, padded - i);
+  std::memset(codes + i, 0, padded_features(k) - i);
   if (i < k) {
     alignas(16) uint8_t last[16];
     const __m512 v = _mm512_maskz_loadu_ps(tail_mask(k - i), x + i);
     _mm_store_si128(reinterpret_cast<__m128i*>(last), _mm512_cvtepi32_epi8(code16(v, vs, vz, vt)));
     std::memcpy(codes + i, last, k - i);
   }
-  *scale = s;
-  *zero_point = zero;
 }
 
 // Rows x 16 or 32 columns, one accumulator a row and panel. A pair of panels loads each code once for two products, so
@@ -117,20 +110,22 @@ void pair(const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* pac
 }
 
 void finish(const int32_t* sums, const int32_t* column_sums, const float* scale_w, const float* scale_x,
-            const int32_t* zero_points, int64_t rows, int64_t columns, float* out, int64_t ldo) {
+            const int32_t* zero_points, const float* bias, int64_t rows, int64_t columns, float* out, int64_t ldo) {
   const __mmask16 mask = tail_mask(columns);
   const __m512i sum_w = _mm512_loadu_si512(column_sums);
   const __m512 sw = _mm512_loadu_ps(scale_w);
+  const __m512 added = bias ? _mm512_maskz_loadu_ps(mask, bias) : _mm512_setzero_ps();
   for (int64_t r = 0; r < rows; r++) {
     const __m512i shift = _mm512_mullo_epi32(_mm512_set1_epi32(zero_points[r]), sum_w);
     const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + r * kPanel), shift);
-    const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(scale_x[r]), sw));
+    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(scale_x[r]), sw));
+    if (bias) y = _mm512_add_ps(y, added);  // adding a zero instead would lose the sign of -0
     _mm512_mask_storeu_ps(out + r * ldo, mask, y);
   }
 }
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {quantize, panel, panel, pair, finish, kMaxRows, kMaxRows, false};
+const Kernels kAvx512Vnni = {extent, encode, panel, panel, pair, finish, kMaxRows, kMaxRows, false};
 
 }  // namespace fxquant

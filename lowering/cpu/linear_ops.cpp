@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -30,8 +32,8 @@ Tensor as_contiguous(const Tensor& tensor) {
 }
 
 void check_scheme(int64_t weight_bits, int64_t act_bits) {
-  const bool known = (weight_bits == 8 && (act_bits == 8 || act_bits == 7)) || (weight_bits == 7 && act_bits == 7);
-  STD_TORCH_CHECK(known, "fxquant: no kernel for w", weight_bits, "a", act_bits, "; use w8a8, w8a7 or w7a7");
+  STD_TORCH_CHECK(is_width(weight_bits) && is_width(act_bits), "fxquant: no kernel for w", weight_bits, "a", act_bits,
+                  "; use ", kMinBits, " to ", kMaxBits, " bits each");
 }
 
 // The input as [m, k] with the packed weight checked against it.
@@ -44,21 +46,21 @@ struct Problem {
   Problem(const Tensor& input, const Tensor& weight, int64_t out_features, int64_t w_bits, int64_t a_bits)
       : x(as_contiguous(input)), n(out_features), k(0), weight_bits(w_bits), act_bits(a_bits) {
     check_scheme(w_bits, a_bits);
-    STD_TORCH_CHECK(input.scalar_type() == ScalarType::Float, "fxquant::linear_dynamic: the input must be float32");
-    STD_TORCH_CHECK(input.dim() >= 1, "fxquant::linear_dynamic: the input must have at least one dimension");
+    STD_TORCH_CHECK(input.scalar_type() == ScalarType::Float, "fxquant: the input must be float32");
+    STD_TORCH_CHECK(input.dim() >= 1, "fxquant: the input must have at least one dimension");
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() && weight.dim() == 1,
-                    "fxquant::linear_dynamic: the packed weight must be a contiguous vector of uint8");
+                    "fxquant: the packed weight must be a contiguous vector of uint8");
     k = input.size(input.dim() - 1);
     packed = data<uint8_t>(weight);
     Header header{};
-    STD_TORCH_CHECK(weight.numel() >= 64, "fxquant::linear_dynamic: the packed weight is truncated");
+    STD_TORCH_CHECK(weight.numel() >= 64, "fxquant: the packed weight is truncated");
     std::memcpy(&header, packed, sizeof header);
     STD_TORCH_CHECK(header.magic == kMagic && header.version == kVersion,
-                    "fxquant::linear_dynamic: this is no packed weight of this version");
+                    "fxquant: this is no packed weight of this version");
     STD_TORCH_CHECK(header.n == n && header.k == k && header.weight_bits == weight_bits && header.act_bits == act_bits,
-                    "fxquant::linear_dynamic: the weight was packed as w", header.weight_bits, "a", header.act_bits, " ",
+                    "fxquant: the weight was packed as w", header.weight_bits, "a", header.act_bits, " ",
                     header.n, " x ", header.k, ", the call asks for w", weight_bits, "a", act_bits, " ", n, " x ", k);
-    STD_TORCH_CHECK(weight.numel() == Layout(header).bytes, "fxquant::linear_dynamic: the packed weight is truncated");
+    STD_TORCH_CHECK(weight.numel() == Layout(header).bytes, "fxquant: the packed weight is truncated");
     m = k == 0 ? 0 : x.numel() / k;
   }
 
@@ -69,11 +71,16 @@ struct Problem {
     return sizes;
   }
 
-  std::unique_ptr<uint8_t[]> quantize() const {
+  // Scratch memory with the rows quantized by fixed qparams, or (null) by those of each row.
+  std::unique_ptr<uint8_t[]> quantize(const float* scale = nullptr, const int32_t* zero_point = nullptr) const {
     std::unique_ptr<uint8_t[]> scratch(new uint8_t[fxquant_linear_scratch_bytes(m, k, weight_bits, act_bits)]);
     const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(k, 1));
     torch::stable::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) {
-      fxquant_quantize_rows(data<float>(x), k, begin, end, k, weight_bits, act_bits, scratch.get(), m);
+      if (scale == nullptr)
+        fxquant_quantize_rows(data<float>(x), k, begin, end, k, weight_bits, act_bits, scratch.get(), m);
+      else
+        fxquant_quantize_rows_static(
+            data<float>(x), k, begin, end, k, weight_bits, act_bits, scale, zero_point, scratch.get(), m);
     });
     return scratch;
   }
@@ -93,28 +100,46 @@ struct Problem {
   }
 };
 
-Tensor linear_dynamic(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, int64_t out_features,
-                      int64_t weight_bits, int64_t act_bits) {
-  const Problem problem(x, packed, out_features, weight_bits, act_bits);
+// The whole linear with fixed qparams, or (null) with those of each row.
+Tensor linear(const Problem& problem, const std::optional<Tensor>& bias, const float* scale, const int32_t* zero_point) {
   std::optional<Tensor> added;
   if (bias) {
+    const int64_t out_features = problem.n;
     STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && bias->size(0) == out_features,
-                    "fxquant::linear_dynamic: the bias must be float32 of ", out_features, " values");
+                    "fxquant: the bias must be float32 of ", out_features, " values");
     added = as_contiguous(*bias);
   }
   const float* b = added ? data<float>(*added) : nullptr;
   Tensor out = torch::stable::new_empty(problem.x, problem.out_sizes());
   if (problem.m == 0) return out;
-  const auto scratch = problem.quantize();
+  const auto scratch = problem.quantize(scale, zero_point);
   float* y = data<float>(out);
   const int64_t n = problem.n;
   problem.tiles([&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-    fxquant_linear_tile(scratch.get(), problem.m, problem.packed, m0, m1, n0, n1, y + m0 * n + n0, n);
-    if (b == nullptr) return;
-    for (int64_t i = m0; i < m1; i++)
-      for (int64_t j = n0; j < n1; j++) y[i * n + j] = y[i * n + j] + b[j];
+    fxquant_linear_bias_tile(scratch.get(), problem.m, problem.packed, b, m0, m1, n0, n1, y + m0 * n + n0, n);
   });
   return out;
+}
+
+Tensor linear_dynamic(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, int64_t out_features,
+                      int64_t weight_bits, int64_t act_bits) {
+  return linear(Problem(x, packed, out_features, weight_bits, act_bits), bias, nullptr, nullptr);
+}
+
+Tensor linear_static(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, const Tensor& scale,
+                     const Tensor& zero_point, int64_t out_features, int64_t weight_bits, int64_t act_bits) {
+  const Problem problem(x, packed, out_features, weight_bits, act_bits);
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.numel() == 1,
+                  "fxquant::linear_static: the scale must be one float32 value");
+  STD_TORCH_CHECK(zero_point.scalar_type() == ScalarType::Int && zero_point.numel() == 1,
+                  "fxquant::linear_static: the zero point must be one int32 value");
+  const float s = *data<float>(scale);
+  const int32_t zero = *data<int32_t>(zero_point), qmax = (1 << act_bits) - 1;
+  STD_TORCH_CHECK(std::isfinite(s) && s >= std::numeric_limits<float>::min(),
+                  "fxquant::linear_static: the scale ", s, " is no positive normal number");
+  STD_TORCH_CHECK(zero >= 0 && zero <= qmax,
+                  "fxquant::linear_static: the zero point ", zero, " lies outside 0 .. ", qmax);
+  return linear(problem, bias, &s, &zero);
 }
 
 // Sets an instruction set (-1: leaves the one in force) and puts the former one back, also where a check fails.
@@ -174,6 +199,7 @@ Tensor pack_linear(const Tensor& codes, const Tensor& scales, int64_t weight_bit
 
 STABLE_TORCH_LIBRARY_IMPL(fxquant, CPU, m) {
   m.impl("linear_dynamic", TORCH_BOX(&linear_dynamic));
+  m.impl("linear_static", TORCH_BOX(&linear_static));
   m.impl("linear_dynamic_int32", TORCH_BOX(&linear_dynamic_int32));
   m.impl("pack_linear", TORCH_BOX(&pack_linear));
 }

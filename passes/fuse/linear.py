@@ -1,7 +1,8 @@
 """linear(fake_quant(x), fake_quant(W), b)  →  fxquant::linear_dynamic(x, packed(W), b)
 
-The specification's fake-quant nodes and the float product become one integer kernel. The packed weight is a new graph
-input that comes before all others, so nothing of the weight's value is in the graph.
+The specification's fake-quant nodes and the float product become one integer kernel: the operator of the scheme's packed
+format (fxquant/linear_formats.py). The packed weight is a new graph input that comes before all others, so nothing of the
+weight's value is in the graph.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from fxquant._compat import FakeTensorMode
 from fxquant.binding import Slot
 from fxquant.capture import remove_dead_code
+from fxquant.linear_formats import format_of
 
 aten = torch.ops.aten
 
@@ -61,8 +63,9 @@ def _replace(node: fx.Node, packed: fx.Node, slot: Slot, fake_mode: FakeTensorMo
     out_features = int(weight.meta["val"].shape[0])
     graph = node.graph
     with graph.inserting_before(node), fake_mode:
-        args = (quantized.args[0], packed, bias, out_features, slot.scheme.weight_bits, slot.scheme.act_bits)
-        fused = graph.call_function(torch.ops.fxquant.linear_dynamic.default, args)
+        form = format_of(slot.scheme)
+        args = (quantized.args[0], packed, bias, out_features, *form.extra(slot.scheme))
+        fused = graph.call_function(form.overload, args)
     fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)
     graph.erase_node(node)

@@ -76,7 +76,7 @@ def precondition(m: Match) -> Iterator[tuple[str, bool]]:
     yield "k and v must not be weights", not (m.is_frozen("kt") or m.is_frozen("v"))
     yield (
         "q, k and v must be float32: in half precision the written casts decide the rounding",
-        all(v.dtype == torch.float32 for v in (m.q, m.kt, m.v)),
+        all(v.dtype == torch.float32 for v in (m.q, m.kt, m.v)) and m.is_computed_in(torch.float32),
     )
     yield "the scale must be a number", m.s is None or isinstance(m.s, (int, float))
     mask = m.node("mask")
@@ -84,6 +84,7 @@ def precondition(m: Match) -> Iterator[tuple[str, bool]]:
         "the mask must be a float32 tensor with 2 dimensions up to those of q",
         m.mask is None or _is_float_mask(m.mask, m.q),
     )
+    yield "the mask must not widen the scores", m.mask is None or _fits(m.mask, [*m.q.shape[:-1], m.kt.shape[-1]])
     yield _HIDDEN, m.mask is None or (mask is not None and is_finite(mask))
 
 
@@ -93,6 +94,10 @@ def _lead(x: Tensor) -> tuple[str, ...]:
 
 def _is_float_mask(mask: Any, q: Tensor) -> bool:
     return isinstance(mask, Tensor) and 2 <= mask.dim() <= q.dim() and mask.dtype == torch.float32
+
+
+def _fits(mask: Tensor, scores: list[Any]) -> bool:
+    return all(str(size) in ("1", str(of)) for size, of in zip(reversed(mask.shape), reversed(scores), strict=False))
 
 
 NEAR_MISSES: dict[str, dict[str, Any]] = {
@@ -107,6 +112,7 @@ NEAR_MISSES: dict[str, dict[str, Any]] = {
     },
     "the scale must be a number": {"s": "b h n m"},
     "the mask must be a float32 tensor with 2 dimensions up to those of q": {"mask": "m"},
+    "the mask must not widen the scores": {"q": "b h one d", "mask": "n m"},
     _HIDDEN: {"mask": "n m"},
 }
 RULES = tuple(_rule(place) for place in _SCORES)

@@ -29,8 +29,19 @@ def unscaled(first: Any, second: Any, q: Any, k: Any, v: Any) -> Any:
 
 
 def precondition(m: Match) -> Iterator[tuple[str, bool]]:
-    yield "q, k and v must be float32", all(value.dtype == torch.float32 for value in (m.q, m.k, m.v))
+    yield (
+        "q, k and v must be float32",
+        all(value.dtype == torch.float32 for value in (m.q, m.k, m.v)) and m.is_computed_in(torch.float32),
+    )
+    yield "the scale must be a number", all(s is None or isinstance(s, (int, float)) for s in (m.s, m.divisor))
     yield _LAYOUT, is_attention(m.first, m.second)
+    yield "q, k and v must have the same sizes: einsum would repeat a size of 1", _agree(m.q, m.k, m.v)
+
+
+def _agree(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    # Compared as text: a comparison of symbolic sizes would add a guard.
+    (*q_lead, _, q_size), (*k_lead, keys, k_size), (*v_lead, values, _) = (list(map(str, x.shape)) for x in (q, k, v))
+    return q_lead == k_lead == v_lead and q_size == k_size and keys == values
 
 
 def is_attention(first: str, second: str) -> bool:
@@ -73,7 +84,9 @@ RULE = Rule(
     proof=lemma("the two contractions are q kᵀ and p v by their equations; without a mask the operator is defined that way"),
     near_misses={
         "q, k and v must be float32": {"q": torch.bfloat16, "k": torch.bfloat16, "v": torch.bfloat16},
+        "the scale must be a number": {"s": "b h n m"},
         _LAYOUT: {"second": "bhij,bhjd->bidh"},
+        "q, k and v must have the same sizes: einsum would repeat a size of 1": {"k": "b h one d"},
     },
     spellings=(divided, unscaled),
     samples=Samples({"first": "bhid,bhjd->bhij", "second": "bhij,bhjd->bhid", "s": 0.5, "divisor": 2.0}, scale=(0.1, 1.0)),

@@ -27,6 +27,8 @@ def precondition(m: Match) -> Iterator[tuple[str, bool]]:
         "the equation must contract the last index of x with one index of the weight",
         _is_stored_out_in(m) is not None,
     )
+    features = m.weight.shape[1 if _is_stored_out_in(m) else 0]
+    yield "x and the weight must have the same size: einsum would repeat a size of 1", str(m.x.shape[-1]) == str(features)
 
 
 def _is_stored_out_in(m: Match) -> bool | None:
@@ -59,6 +61,7 @@ RULE = Rule(
     near_misses={
         "the right factor must be a weight: this is a product of two activations": {"weight": "n k"},
         "the equation must contract the last index of x with one index of the weight": {"equation": "bk,nk->nb"},
+        "x and the weight must have the same size: einsum would repeat a size of 1": {"x": "b one"},
     },
     samples=Samples({"equation": "bk,nk->bn"}),
     frozen=("weight",),

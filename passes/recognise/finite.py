@@ -1,6 +1,5 @@
 """Proves that a mask is finite: interval arithmetic over the operators that masks are made of."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 Interval = tuple[float, float]
+_LIMIT = torch.finfo(torch.float32).max
 _VIEWS = (
     "expand",
     "view",
@@ -19,7 +19,6 @@ _VIEWS = (
     "transpose",
     "contiguous",
     "clone",
-    "tril",
 )
 
 
@@ -27,18 +26,20 @@ def is_finite(node: fx.Node) -> bool:
     """Whether every element is finite in the node's dtype, whatever the graph's inputs are."""
     if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in node.graph.nodes):
         return False  # something may write to the mask, or to a view of it
-    span = interval(node)
     value = node.meta.get("val")
-    if span is None or not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-        return False
-    limit = torch.finfo(value.dtype).max
-    return -limit <= span[0] and span[1] <= limit
+    return isinstance(value, Tensor) and value.dtype.is_floating_point and interval(node) is not None
 
 
 def interval(value: Any) -> Interval | None:
-    """Bounds of a number or of every element of a node's value, or None where nothing is known."""
+    """Bounds of a number or of every element of a node's value, or None where it is not known to be finite in float32."""
+    span = _bounds(value)
+    # Every step is looked at: what overflowed on the way does not come back.
+    return span if span is not None and span[0] >= -_LIMIT and span[1] <= _LIMIT else None
+
+
+def _bounds(value: Any) -> Interval | None:
     if isinstance(value, (bool, int, float)):
-        return (float(value), float(value)) if math.isfinite(value) else None
+        return (float(value), float(value))
     if not isinstance(value, fx.Node):
         return None
     meta = value.meta.get("val")
@@ -80,7 +81,7 @@ def _mul(a: Any, b: Any) -> Interval | None:
 _HANDLERS: dict[str, Callable[..., Interval | None]] = {
     "add": _add,
     "sub": _sub,
-    "rsub": lambda a, b, *_: _sub(b, a),
+    "rsub": lambda a, b, alpha=1: _sub(b, a) if alpha == 1 else None,
     "mul": _mul,
     "where": lambda condition, a, b: _union(a, b),
     "masked_fill": lambda a, mask, fill: _union(a, fill),
@@ -90,5 +91,6 @@ _HANDLERS: dict[str, Callable[..., Interval | None]] = {
     "zeros": lambda *_: (0.0, 0.0),
     "zeros_like": lambda *_: (0.0, 0.0),
     "ones": lambda *_: (1.0, 1.0),
+    "tril": lambda a, *_: _union(a, 0.0),
     "triu": lambda a, *_: _union(a, 0.0),
 }

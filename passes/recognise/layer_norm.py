@@ -41,6 +41,7 @@ def _spelled(variance: Callable[[Any], Any], scale: Callable[[Any, Any], Any]) -
 def precondition(m: Match) -> Iterator[tuple[str, bool]]:
     yield "x must be float32: in half precision the written casts decide the rounding", m.x.dtype == torch.float32
     yield "γ and β must be vectors as long as a row of x", all(_is_row(v, m.x) for v in (m.gamma, m.beta))
+    yield "γ and β must be float32", all(v.dtype == torch.float32 for v in (m.gamma, m.beta))
     yield "ε must be a positive number", isinstance(m.eps, float) and m.eps > 0
 
 
@@ -65,6 +66,7 @@ RULE = Rule(
     near_misses={
         "x must be float32: in half precision the written casts decide the rounding": {"x": torch.bfloat16},
         "γ and β must be vectors as long as a row of x": {"gamma": "b n"},
+        "γ and β must be float32": {"gamma": torch.float64},
         "ε must be a positive number": {"eps": -1e-9},
     },
     spellings=tuple(_OTHERS),

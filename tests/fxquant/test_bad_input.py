@@ -55,6 +55,50 @@ def test_a_pattern_may_match_in_another_part_of_a_broken_graph() -> None:
     assert run(function, X, sites={"second": "float"}).shape == (3, 64)
 
 
+class Branches(nn.Module):
+    """Two linears, of which each call uses one; ``halt`` breaks the graph before any tensor operation."""
+
+    def __init__(self, halt: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.halt = halt
+
+    def forward(self, x: Tensor, use_first: bool) -> Tensor:
+        if self.halt:
+            torch._dynamo.graph_break()
+        y: Tensor = self.first(x) if use_first else self.second(x)
+        return y
+
+
+def stops_in_a_call(model: Branches) -> Any:
+    def call(x: Tensor, use_first: bool) -> Tensor:
+        print(end="")  # Dynamo breaks here: the call below becomes a graph of its own
+        return model(x, use_first)
+
+    return call
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+@pytest.mark.parametrize("make", [lambda m: m, lambda m: lambda x, flag: m(x, flag), stops_in_a_call])
+@pytest.mark.parametrize("halt", [False, True])
+def test_a_pattern_may_name_a_site_of_another_branch(order: tuple[bool, bool], make: Any, halt: bool) -> None:
+    model = Branches(halt)
+    options: dict[str, Any] = {"codegen": "ops", "scheme": "w8a8", "sites": {"second": "float"}}
+    fast = torch.compile(make(model), backend="fxquant", options=options)
+    with torch.no_grad():
+        for use_first in order:
+            fast(X, use_first)
+    assert {row.weight: row.scheme for row in fxquant.report(fast).sites} == {"first.weight": "w8a8", "second.weight": None}
+
+
+def test_a_pattern_that_no_branch_matches_is_an_error() -> None:
+    with pytest.raises(Exception, match="'thrid' matches no site; nearest: 'first'"):
+        run(Branches(), X, True, sites={"thrid": "float"})
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="'first:softmax' matches no site"):
+        run(Branches(), X, True, sites={"first:softmax": "float"})
+
+
 def test_a_weight_that_is_not_finite() -> None:
     linear = nn.Linear(64, 64)
     with torch.no_grad():

@@ -2,7 +2,7 @@ import pytest
 
 from fxquant.config import FxQuantConfig
 from fxquant.errors import ConfigError
-from fxquant.plan import FLOAT_KINDS, Decision, Plan, check_patterns, resolve_scheme, setting_for
+from fxquant.plan import FLOAT_KINDS, Decision, Plan, refuse_patterns, resolve_scheme, setting_for, unmatched_patterns
 from fxquant.schemes import SCHEMES
 from fxquant.sites import KINDS, Site, clean_source
 
@@ -27,7 +27,7 @@ def test_a_tail_starts_at_a_path_border() -> None:
 
 def test_a_pattern_that_matches_nothing_names_the_nearest_sites() -> None:
     with pytest.raises(ConfigError, match=r"'lm_haed' matches no site; nearest: 'lm_head'"):
-        check_patterns(FxQuantConfig(sites={"lm_haed": "float"}), (QUERY, HEAD))
+        refuse_patterns(unmatched_patterns(FxQuantConfig(sites={"lm_haed": "float"}), (QUERY, HEAD)), (QUERY, HEAD))
 
 
 def test_auto_by_instruction_set() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant import reference
+from fxquant import _compat, backend, reference
 from fxquant.tracker import tracker
 
 OPS = {"codegen": "ops", "scheme": "w8a8"}
@@ -84,6 +84,18 @@ class Layer(nn.Module):
         return y
 
 
+class TwoLayers(nn.Module):
+    """The first output column is that of the second layer, which is quantized; the others are the first layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 48), nn.Linear(48, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.first(x))
+        return torch.cat([self.second(hidden.clamp(max=10.0)), hidden[:, 1:]], -1)
+
+
 @torch.no_grad()
 def test_layers_compiled_one_by_one_share_one_graph() -> None:
     layers = [Layer() for _ in range(4)]
@@ -113,6 +125,55 @@ def test_a_layer_whose_weight_cannot_be_packed_takes_its_own_variant() -> None:
     assert torch.equal(good(x), expected(good.linear, x))
     reasons = {row.reason for row in fxquant.report(layers).sites}
     assert reasons == {None, "the weight holds 1 values that are not finite"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (3, 5, 9)])
+def test_a_variant_is_compiled_through_inductor_when_it_is_first_called(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_fx, made = _compat.compile_fx, list[Any]()
+
+    def count(*args: Any) -> Any:
+        made.append(args[0])
+        return compile_fx(*args)
+
+    monkeypatch.setattr(backend, "compile_fx", count)
+    good, bad = TwoLayers(), TwoLayers()
+    bad.first.weight[0, 0] = float("inf")
+    for layer in (good, bad):
+        layer.compile(backend="fxquant", options={"scheme": "w8a8"})
+    inputs = [torch.randn(rows, 48) for rows in sizes]
+    wanted = [good(x) for x in inputs]
+    before = len(made)
+    for _ in range(2):
+        for x in inputs:
+            hidden = torch.relu(bad.first(x))
+            assert torch.allclose(bad(x)[:, 1:], hidden[:, 1:], atol=1e-5)
+            codes, scale = reference.quantize_weight(bad.second.weight, 8)
+            column = reference.linear_dynamic(hidden.clamp(max=10.0), codes, scale, bad.second.bias, 8)
+            assert torch.allclose(bad(x)[:, :1], column, atol=1e-2)
+    assert len(made) > before
+    assert all(any("linear_dynamic" in str(n.target) for n in gm.graph.nodes) for gm in made)
+    assert all(torch.equal(good(x), y) for x, y in zip(inputs, wanted, strict=True))
+
+
+@torch.no_grad()
+def test_a_variant_that_inductor_cannot_compile_runs_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no code")
+
+    good, bad = Layer(), Layer()
+    bad.linear.weight[0, 0] = float("inf")
+    for layer in (good, bad):
+        layer.compile(backend="fxquant", options={"scheme": "w8a8"})
+    x = torch.randn(3, 48)
+    good(x)
+    monkeypatch.setattr(backend, "compile_fx", fail)
+    with pytest.warns(fxquant.FloatFallbackWarning, match="runs without Inductor: RuntimeError: no code"):
+        got = bad(x)
+    assert torch.allclose(got[:, 1:], bad.linear(x)[:, 1:])
+    assert "no code" in str(fxquant.report(bad))
 
 
 @torch.no_grad()

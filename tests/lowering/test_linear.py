@@ -16,11 +16,13 @@ from fxquant.config import ISAS
 from fxquant.lowering.cpu.build import library_path
 from fxquant.lowering.isa import available_isas
 from fxquant.lowering.pack import pack_linear
-from fxquant.schemes import SCHEMES, Scheme
+from fxquant.schemes import PANEL_SCHEMES, SCHEMES, Scheme
 
 assert fxquant.ops.LIBRARY is not None
 LEVELS = [ISAS.index(isa) for isa in available_isas()]
-ALL_SCHEMES = list(SCHEMES.values())
+ALL_SCHEMES = list(PANEL_SCHEMES.values())
+# One a class: 16 bits, 15 bits with the wider operand on either side, and fewer bits with ever longer segments.
+CLASSES = [SCHEMES[name] for name in ("w8a8", "w8a7", "w7a8", "w7a7", "w6a8", "w8a5", "w6a6", "w4a8", "w4a4")]
 SHAPES = [
     (1, 1, 1),  # one element
     (1, 17, 3),  # one row, ragged panel, ragged step
@@ -68,19 +70,30 @@ def at_most(isa: int) -> Iterator[None]:
         library.fxquant_set_isa(before)
 
 
-@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# Every shape with w8a8 and with three other schemes, so that every scheme comes by.
+SAMPLED = [
+    (shape, scheme)
+    for i, shape in enumerate(SHAPES)
+    for scheme in (ALL_SCHEMES[0], *(ALL_SCHEMES[1 + (3 * i + j) % 24] for j in range(3)))
+]
+
+
+def test_the_sample_holds_every_scheme() -> None:
+    assert {scheme for _, scheme in SAMPLED} == set(ALL_SCHEMES)
+
+
+@pytest.mark.parametrize(("shape", "scheme"), SAMPLED, ids=str)
 def test_gaussian(shape: tuple[int, int, int], scheme: Scheme) -> None:
     m, n, k = shape
     assert_same(torch.randn(m, k) * 3, torch.randn(n, k), scheme, torch.randn(n))
 
 
-@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", CLASSES, ids=str)
 def test_heavy_tails(scheme: Scheme) -> None:
     assert_same(torch.randn(9, 200) ** 3, torch.randn(50, 200) ** 5, scheme)
 
 
-@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", CLASSES, ids=str)
 @pytest.mark.parametrize("weights", ["all largest", "random signs", "gaussian"])
 def test_inputs_that_reach_the_extremes_of_every_lane(weights: str, scheme: Scheme) -> None:
     k, n = 512, 32
@@ -89,7 +102,7 @@ def test_inputs_that_reach_the_extremes_of_every_lane(weights: str, scheme: Sche
     assert_same(torch.cat([largest, 1 - largest, torch.ones(1, k)]), weight, scheme)
 
 
-@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", CLASSES, ids=str)
 def test_rows_that_are_zero_tiny_huge_or_not_finite(scheme: Scheme) -> None:
     x = torch.randn(10, 40)
     x[0] = 0
@@ -122,20 +135,26 @@ def test_batches_strides_and_empty_batches() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(m=st.integers(1, 40), n=st.integers(1, 70), k=st.integers(1, 90), seed=st.integers(0, 10**6), which=st.integers(0, 2))
-def test_any_shape(m: int, n: int, k: int, seed: int, which: int) -> None:
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 70),
+    k=st.integers(1, 90),
+    seed=st.integers(0, 10**6),
+    scheme=st.sampled_from(ALL_SCHEMES),
+)
+def test_any_shape(m: int, n: int, k: int, seed: int, scheme: Scheme) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator) * 10 ** float(torch.randint(-6, 7, (1,), generator=generator))
-    assert_same(x, torch.randn(n, k, generator=generator), ALL_SCHEMES[which])
+    assert_same(x, torch.randn(n, k, generator=generator), scheme)
 
 
 @settings(max_examples=60, deadline=None)
-@given(values=st.lists(st.floats(width=32), min_size=1, max_size=70), which=st.integers(0, 2))
-def test_any_row_of_floats(values: list[float], which: int) -> None:
-    assert_same(torch.tensor([values]), torch.eye(len(values)), ALL_SCHEMES[which])
+@given(values=st.lists(st.floats(width=32), min_size=1, max_size=70), scheme=st.sampled_from(ALL_SCHEMES))
+def test_any_row_of_floats(values: list[float], scheme: Scheme) -> None:
+    assert_same(torch.tensor([values]), torch.eye(len(values)), scheme)
 
 
-@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", CLASSES, ids=str)
 @pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: str(ISAS[isa]))
 def test_a_tile_is_written_whole_and_nothing_beside_it(isa: int, scheme: Scheme) -> None:
     (m, n, k), (m0, m1, n0, n1) = (40, 90, 70), (3, 37, 16, 77)
@@ -156,6 +175,65 @@ def test_a_tile_is_written_whole_and_nothing_beside_it(isa: int, scheme: Scheme)
         )  # fmt: skip
     assert torch.equal(out[m0:m1, n0:n1], wanted)
     assert int(out.isnan().sum()) == out.numel() - wanted.numel()
+
+
+@pytest.mark.parametrize("scheme", CLASSES, ids=str)
+def test_static_activations(scheme: Scheme) -> None:
+    x = torch.randn(17, 130) * torch.logspace(-3, 3, 17)[:, None]
+    x[3] = -0.0
+    x[4] = 3e38 * x[4].sign()
+    x[5, 129] = float("nan")
+    x[6, 1] = -float("inf")
+    weight, bias, bits = torch.randn(40, 130), torch.randn(40), (scheme.weight_bits, scheme.act_bits)
+    codes, scale_w = reference.quantize_weight(weight, scheme.weight_bits)
+    packed, top = pack_linear(weight, scheme), 2**scheme.act_bits - 1
+    for scale, zero in ((0.03, top // 2), (6 / top, 0), (1.2e-38, top), (2e38, 1)):
+        qparams = (torch.tensor(scale), torch.tensor([zero], dtype=torch.int32))
+        for added in (bias, None):
+            wanted = reference.linear_static(x, codes, scale_w, added, *qparams, scheme.act_bits)
+            for isa in LEVELS:
+                with at_most(isa):
+                    y = torch.ops.fxquant.linear_static(x, packed, added, *qparams, 40, *bits)
+                assert y.isnan().all(1).nonzero().flatten().tolist() == [5, 6]
+                assert torch.equal(y.nan_to_num(), wanted.nan_to_num()), f"{ISAS[isa]}, {scheme}, scale {scale}"
+
+
+@pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: str(ISAS[isa]))
+@pytest.mark.parametrize("bits", [4, 7, 8])
+def test_codes_at_and_beside_every_tie(bits: int, isa: int) -> None:
+    """Where x / scale is next to n + 1/2 a rounding by the reciprocal would differ from the division's."""
+    top = (1 << bits) - 1
+    for scale in (0.1, 1.0, 1 / 3, 0.7e-6, 1.1754944e-38, 1.3e36):
+        tie = (torch.arange(-top, top + 1) + 0.5) * scale
+        near = [tie]
+        for direction in (float("inf"), -float("inf")):
+            beside = tie
+            for _ in range(3):
+                beside = torch.nextafter(beside, torch.tensor(direction))
+                near.append(beside)
+        x = torch.stack(near)
+        qparams = (torch.tensor(scale), torch.tensor(top // 2, dtype=torch.int32))
+        identity = torch.eye(x.shape[1])  # an output is a code, less the zero point, times 127
+        packed = pack_linear(identity, Scheme(8, bits))
+        wanted = reference.linear_static(x, *reference.quantize_weight(identity, 8), None, *qparams, bits)
+        with at_most(isa):
+            y = torch.ops.fxquant.linear_static(x, packed, None, *qparams, x.shape[1], 8, bits)
+        assert torch.equal(y, wanted), scale
+
+
+def test_static_qparams_are_checked() -> None:
+    packed, one = pack_linear(torch.randn(8, 16), Scheme(8, 8)), torch.ones(1)
+    call, zero = torch.ops.fxquant.linear_static, torch.zeros(1, dtype=torch.int32)
+    for scale, zero_point, message in (
+        (0 * one, zero, "scale 0 is no positive normal number"),
+        (one / 0, zero, "scale inf is no positive normal number"),
+        (one, zero + 256, r"zero point 256 lies outside 0 \.\. 255"),
+        (one, zero - 1, "zero point -1 lies outside"),
+        (torch.ones(2), zero, "scale must be one float32 value"),
+        (one, torch.zeros(1), "zero point must be one int32 value"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(torch.randn(2, 16), packed, None, scale, zero_point, 8, 8, 8)
 
 
 def test_a_refused_call_leaves_the_instruction_set_alone() -> None:

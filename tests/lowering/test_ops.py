@@ -5,7 +5,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fxquant.ops
 from fxquant import reference
 from fxquant.lowering.pack import pack_linear
-from fxquant.schemes import SCHEMES, Scheme
+from fxquant.schemes import PANEL_SCHEMES, SCHEMES, Scheme
 
 assert fxquant.ops.LIBRARY is not None
 
@@ -16,13 +16,27 @@ def test_linear_dynamic_is_a_good_citizen(test: str) -> None:
     torch.library.opcheck(torch.ops.fxquant.linear_dynamic, args, test_utils=test)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
+@pytest.mark.parametrize("test", ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"])
+def test_linear_static_is_a_good_citizen(test: str) -> None:
+    qparams = (torch.tensor(0.02), torch.tensor([30], dtype=torch.int32))
+    args = (torch.randn(2, 3, 16), pack_linear(torch.randn(8, 16), Scheme(6, 6)), torch.randn(8), *qparams, 8, 6, 6)
+    torch.library.opcheck(torch.ops.fxquant.linear_static, args, test_utils=test)
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[name] for name in ("w8a8", "w7a8", "w6a6", "w4a4")], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (17, 5), (64, 384), (200, 130)])
 def test_packing_is_a_good_citizen_and_its_size_is_known(shape: tuple[int, int], scheme: Scheme) -> None:
     bits = (scheme.weight_bits, scheme.act_bits)
     args = (*reference.quantize_weight(torch.randn(shape), scheme.weight_bits), *bits)
     assert torch.ops.fxquant.pack_linear(*args).numel() == fxquant.ops.packed_bytes(*shape, *bits)
     torch.library.opcheck(torch.ops.fxquant.pack_linear, args, test_utils=["test_schema", "test_faketensor"])
+
+
+def test_the_packed_size_of_every_scheme_is_known() -> None:
+    for scheme in PANEL_SCHEMES.values():
+        assert pack_linear(torch.randn(33, 70), scheme).numel() == fxquant.ops.packed_bytes(
+            33, 70, scheme.weight_bits, scheme.act_bits
+        )
 
 
 def test_the_int32_form_is_a_good_citizen() -> None:
@@ -63,7 +77,7 @@ def test_fake_quant_is_straight_through_and_idempotent() -> None:
     assert torch.allclose(reference.fake_quant_per_channel(once, 8), once, rtol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("bits", [4, 6, 7, 8])
 def test_the_error_of_an_activation_is_at_most_half_a_step(bits: int) -> None:
     x = torch.randn(100, 33) * torch.logspace(-5, 5, 100)[:, None]
     _, scale, _ = reference.quantize_activation(x, bits)
@@ -79,4 +93,6 @@ def test_reference_worked_example() -> None:
     assert torch.allclose(scale, torch.tensor([0.01]))
     assert (zero.tolist(), codes.tolist()) == ([100], [[0, 100, 255]])
     weight_codes, weight_scale = reference.quantize_weight(torch.tensor([[127.0, -63.5, 1.0]]), 8)
+    static = reference.quantize_static(x, scale, zero.to(torch.int32), 8)
+    assert torch.equal(static, codes)
     assert (weight_codes.tolist(), weight_scale.tolist()) == ([[127, -64, 1]], [1.0])  # -63.5 rounds to even

@@ -1,0 +1,75 @@
+"""Packed formats of a linear's weight: which scheme is packed how, and which operator reads it.
+
+A format is one row of ``FORMATS``. The first that takes a scheme packs its weights (``lowering/pack.py``) and names the
+operator that ``passes/fuse/linear.py`` writes; nothing else in the pipeline knows one format from another.
+
+| format | schemes | operator | what a weight becomes |
+|---|---|---|---|
+| panel | 7- and 8-bit weights | linear_dynamic | int8, 16 columns side by side, with its accumulation schedule |
+| lut | 2-bit weights, 2- to 6-bit activations | linear_lut | two bit planes, four k to an index of a 16-entry table |
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant import ops
+from fxquant.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """One packed format.
+
+    ``pack(codes int8 [N, K], scale float32 [N], scheme)`` makes the uint8 vector of ``packed_bytes(N, K, scheme)``;
+    ``operator`` is the fxquant:: name, called with (x, packed, bias, out_features, *``extra(scheme)``).
+    """
+
+    name: str
+    operator: str
+    takes: Callable[[Scheme], bool]
+    pack: Callable[[Tensor, Tensor, Scheme], Tensor]
+    packed_bytes: Callable[[int, int, Scheme], int]
+    extra: Callable[[Scheme], tuple[int, ...]]
+
+    @property
+    def overload(self) -> Any:
+        """The operator itself."""
+        return getattr(torch.ops.fxquant, self.operator).default
+
+
+def _pack_panel(codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    packed: Tensor = torch.ops.fxquant.pack_linear(codes, scale, scheme.weight_bits, scheme.act_bits)
+    return packed
+
+
+def _pack_lut(codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    packed: Tensor = torch.ops.fxquant.pack_lut(codes, scale, scheme.act_bits)
+    return packed
+
+
+LUT = LinearFormat(
+    name="lut",
+    operator="linear_lut",
+    takes=lambda scheme: scheme.weight_bits == 2 and 2 <= scheme.act_bits <= 6,
+    pack=_pack_lut,
+    packed_bytes=lambda n, k, scheme: ops.packed_lut_bytes(n, k),
+    extra=lambda scheme: (scheme.act_bits,),
+)
+PANEL = LinearFormat(
+    name="panel",
+    operator="linear_dynamic",
+    takes=lambda scheme: True,
+    pack=_pack_panel,
+    packed_bytes=lambda n, k, scheme: ops.packed_bytes(n, k, scheme.weight_bits, scheme.act_bits),
+    extra=lambda scheme: (scheme.weight_bits, scheme.act_bits),
+)
+FORMATS = (LUT, PANEL)
+
+
+def format_of(scheme: Scheme) -> LinearFormat:
+    """The first format that takes a scheme."""
+    return next(form for form in FORMATS if form.takes(scheme))
