@@ -32,7 +32,10 @@ void long_row(const float* x, float* y, int64_t n, bool log, int32_t form, std::
 void run(const float* x, float* y, int64_t rows, int64_t n, bool log, int32_t form) {
   if (log && form == FXQUANT_SOFTMAX_TWO_PASS) form = FXQUANT_SOFTMAX_BLOCKED;
   constexpr int64_t kGrain = 16384;  // elements that are worth a thread
-  if (form != FXQUANT_SOFTMAX_THREE_PASS && n > kPart) {
+  // A row is split only where whole rows would leave threads idle: each split row costs two barriers.
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool is_uneven = rows < 4 * threads && rows % threads != 0;
+  if (form != FXQUANT_SOFTMAX_THREE_PASS && n > kPart && is_uneven) {
     std::vector<FxquantSoftmaxSum> sums((n + kPart - 1) / kPart);
     for (int64_t r = 0; r < rows; r++) long_row(x + r * n, y + r * n, n, log, form, sums);
     return;
