@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxquant import ops
+
+OPERATORS = ops.LIBRARY  # importing ops defines the operators that recognition writes
 aten = torch.ops.aten
 
 # Overload packet → kind. What is not listed is no candidate: masks, position ids, index math, pointwise glue.
@@ -20,6 +23,7 @@ KINDS = {
     aten.einsum: "matmul",
     aten.bilinear: "matmul",
     aten.scaled_dot_product_attention: "attention",
+    torch.ops.fxquant.sigmoid_attention: "sigmoid_attention",
     aten.softmax: "softmax",
     aten._softmax: "softmax",
     aten.log_softmax: "softmax",

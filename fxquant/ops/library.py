@@ -12,12 +12,21 @@ from torch.library import Library
 LIBRARY = Library("fxquant", "DEF")  # operators live as long as this object
 
 
-def define(schema: str, fake: Callable[..., Any], backward: Callable[..., Any] | None = None) -> None:
-    """Define one operator: its schema, its shapes on fake tensors, and its gradient (None: an error that says so)."""
+def define(
+    schema: str,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Define one operator: its schema, its shapes on fake tensors, and its gradient (None: an error that says so).
+
+    ``setup_context`` keeps what the gradient needs. An operator that writes to an argument has no gradient.
+    """
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = f"fxquant::{schema.partition('(')[0]}"
     torch.library.register_fake(name, fake, lib=LIBRARY)
-    torch.library.register_autograd(name, backward or _no_gradient(name), lib=LIBRARY)
+    if "!" not in schema:
+        torch.library.register_autograd(name, backward or _no_gradient(name), setup_context=setup_context, lib=LIBRARY)
 
 
 def _no_gradient(name: str) -> Callable[..., NoReturn]:

@@ -6,6 +6,7 @@ from fxquant.passes.match import apply
 from fxquant.passes.recognise import (
     attention,
     boolean_attention,
+    clipped_attention,
     einsum_attention,
     einsum_linear,
     gelu,
@@ -30,7 +31,8 @@ RULES: tuple[Rule, ...] = (
     *attention.RULES,
     einsum_attention.RULE,
     boolean_attention.RULE,
-    sigmoid_attention.RULE,
+    *sigmoid_attention.RULES,
+    clipped_attention.RULE,
     linear.RULE,
     einsum_linear.RULE,
 )

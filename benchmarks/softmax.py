@@ -1,0 +1,66 @@
+"""Softmax over the last dimension: ``python benchmarks/softmax.py [--isa avx2] [--threads 1] [--quick]``.
+
+torch.softmax with ``out=`` and our three forms write into the same tensor, and a plain copy of the input, which reads and
+writes each element once, stands beside them: the last column says which part of the copy's bandwidth a form reaches,
+counting one read and one write of every element. Calls are interleaved; a figure is the 15th percentile of its times.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from functools import partial
+
+import torch
+from harness import Call, measure
+from kernels import figures
+from minilm import AVX2
+
+from fxquant.config import ISAS
+from fxquant.lowering.cpu.build import load_library
+from fxquant.lowering.isa import current_isa
+from fxquant.ops import BLOCKED, THREE_PASS, TWO_PASS
+
+SHAPES = ((8, 1 << 22), (1024, 32768), (256, 4096), (1024, 128))
+FORMS = {"three-pass": THREE_PASS, "two-pass": TWO_PASS, "blocked": BLOCKED, "chosen": -1}
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--isa", choices=["avx2"], help="hold torch to AVX2 too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="half a second a shape")
+    options = parser.parse_args()
+    if options.isa and os.environ.get("FXQUANT_ISA") != options.isa:
+        sys.exit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, **AVX2}))
+    torch.set_num_threads(options.threads)
+    isa = current_isa()
+    load_library(isa=ISAS.index(isa))
+    print(f"torch capability {torch.backends.cpu.get_cpu_capability()}, fxquant {isa}, {options.threads} threads\n")
+    print("| rows x elements | form | us | median | x torch.softmax(out=) | x three-pass | GB/s | of the copy's |")
+    print("|---|---|---|---|---|---|---|---|")
+    for shape in SHAPES:
+        compare(shape, seconds=0.5 if options.quick else 8.0)
+
+
+@torch.no_grad()
+def compare(shape: tuple[int, int], seconds: float) -> None:
+    """All forms on one shape."""
+    x = torch.randn(shape)
+    out = torch.empty_like(x)
+    calls: dict[str, Call] = {"torch out=": partial(torch.softmax, x, -1, out=out), "copy": partial(out.copy_, x)}
+    for name, form in FORMS.items():
+        calls[name] = partial(torch.ops.fxquant.softmax_into.default, x, False, form, out)
+    rows = {name: figures(row) for name, row in measure(calls, rounds=2000, seconds=seconds).items()}
+    moved = 2 * x.numel() * x.element_size()
+    for name, (spent, busy) in rows.items():
+        print(
+            f"| {shape[0]}x{shape[1]} | {name} | {spent:.1f} | {busy:.2f} | {rows['torch out='][0] / spent:.2f} "
+            f"| {rows['three-pass'][0] / spent:.2f} | {moved / spent / 1e3:.1f} | {rows['copy'][0] / spent:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
