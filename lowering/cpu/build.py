@@ -39,6 +39,11 @@ UNITS: dict[str, tuple[str, ...]] = {
     "linear_avxvnni.cpp": (*_AVX2, "-mavxvnni"),
     "linear_avx512vnni.cpp": _AVX512,
     "linear_ops.cpp": _TORCH,
+    "attention.cpp": (),
+    "attention_scalar.cpp": (),
+    "attention_avx2.cpp": _AVX2,
+    "attention_avx512.cpp": _AVX512,
+    "attention_ops.cpp": _TORCH,
 }
 
 
