@@ -23,6 +23,7 @@ constexpr const Kernels* kTable[] = {&kScalar, &kAvx2, &kAvx2, &kAvx512};
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kScoreStride = kKeyBlock + 16;  // rows of scores do not share one set of the first-level cache
 constexpr int64_t kMostRows = 12;
+constexpr int64_t kAloneProducts = 1 << 16;  // below it, waking a second thread costs more than it does
 
 struct Free {
   void operator()(float* p) const { std::free(p); }
@@ -219,11 +220,13 @@ void share(int64_t count, int64_t workers, int64_t scratch, fxquant_parallel par
     int64_t count, scratch;
     Task& task;
   } context{{0}, count, scratch, task};
-  parallel(pool, std::min(workers, count), [](void* given) {
+  const auto body = [](void* given) {
     Context& c = *static_cast<Context*>(given);
     const auto memory = floats(c.scratch);
     for (int64_t i; (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.count;) c.task(i, memory.get());
-  }, &context);
+  };
+  if (workers <= 1 || count <= 1) return body(&context);
+  parallel(pool, std::min(workers, count), body, &context);
 }
 
 }  // namespace
@@ -232,8 +235,16 @@ extern "C" void fxquant_attention(
     const fxquant_attention_problem* problem, int64_t workers, fxquant_parallel parallel, void* pool) {
   const Job job(*problem);
   if (job.rows == 0 || job.heads == 0) return;
+  if (job.heads * job.rows * problem->keys * (problem->depth + problem->value_depth) < kAloneProducts) workers = 1;
   if (job.rows <= kDirectRows) {
     const int64_t chunks = job.chunks(), size = job.rows * job.partial_floats();
+    if (chunks == 1) {
+      share(job.heads, workers, up(problem->depth, 16) + kDirectKeys + size, parallel, pool, [&](int64_t i, float* scratch) {
+        job.direct(i, 0, scratch, scratch + size);
+        job.merge(i, scratch);
+      });
+      return;
+    }
     const auto partial = floats(job.heads * chunks * size);
     share(job.heads * chunks, workers, up(problem->depth, 16) + kDirectKeys, parallel, pool, [&](int64_t i, float* scratch) {
       job.direct(i / chunks, i % chunks, partial.get() + i * size, scratch);

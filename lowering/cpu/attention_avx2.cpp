@@ -23,6 +23,7 @@ struct Ymm {
   static Ymm max(Ymm a, Ymm b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Ymm fma(Ymm a, Ymm b, Ymm c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Ymm exponent(Ymm n) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n.v), 23))}; }
+  static void sum4(Ymm a, Ymm b, Ymm c, Ymm d, float* to) { attention::sum4(a.v, b.v, c.v, d.v, to); }
   static void transpose(const float* a, int64_t ld, float* to, int64_t ldt) { transpose8(a, ld, to, ldt); }
 };
 

@@ -1,4 +1,4 @@
-// An 8 x 8 transpose on 256-bit vectors, shared by the AVX2 and AVX-512 paths.
+// An 8 x 8 transpose and sums over lanes on 256-bit vectors, shared by the AVX2 and AVX-512 paths.
 #pragma once
 #include "simd.h"
 
@@ -23,6 +23,11 @@ inline void transpose8(const float* a, int64_t ld, float* to, int64_t ldt) {
     _mm256_storeu_ps(to + i * ldt, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
     _mm256_storeu_ps(to + (i + 4) * ldt, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
+}
+
+inline void sum4(__m256 a, __m256 b, __m256 c, __m256 d, float* to) {
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 
 }  // namespace fxquant::attention

@@ -21,6 +21,8 @@ struct Zmm {
   static Zmm max(Zmm a, Zmm b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Zmm fma(Zmm a, Zmm b, Zmm c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Zmm exponent(Zmm n) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(n.v), 23))}; }
+  static __m256 halves(Zmm a) { return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)); }
+  static void sum4(Zmm a, Zmm b, Zmm c, Zmm d, float* to) { attention::sum4(halves(a), halves(b), halves(c), halves(d), to); }
   static void transpose(const float* a, int64_t ld, float* to, int64_t ldt) { transpose8(a, ld, to, ldt); }
 };
 

@@ -1,7 +1,8 @@
 // The float attention kernels as templates over a vector type; each instruction set's file instantiates them.
 //
 // A vector type has kLanes, load, store, load_part, store_part (the first n lanes), set1, add, sub, mul, max (the second
-// operand where one is NaN), fma, exp2_scale and transpose (a kBlock x kBlock square).
+// operand where one is NaN), fma, exponent (low bits to the exponent field) sum4 (of the lanes of four
+// vectors) and transpose (a kBlock x kBlock square).
 #pragma once
 #include "attention_table.h"
 #include "rows.h"
@@ -108,11 +109,10 @@ void pack_keys(const float* k, int64_t ld, int64_t rows, int64_t depth, float* t
   }
 }
 
-// scores[j] = sum_c q[c] k[j][c], eight keys at a time.
+// scores[j] = sum_c q[c] k[j][c], four keys at a time: scores has room for a multiple of four.
 template <typename V>
 void dot_rows(const float* q, const float* k, int64_t ld, int64_t rows, int64_t depth, float* scores) {
   constexpr int64_t L = V::kLanes;
-  alignas(64) float lanes[4][L];
   for (int64_t j = 0; j < rows; j += 4) {
     const float* row[4];
     for (int64_t r = 0; r < 4; r++) row[r] = k + std::min(j + r, rows - 1) * ld;
@@ -129,12 +129,7 @@ void dot_rows(const float* q, const float* k, int64_t ld, int64_t rows, int64_t 
       a = V::fma(x, V::load_part(row[0] + i, left), a), b = V::fma(x, V::load_part(row[1] + i, left), b);
       c = V::fma(x, V::load_part(row[2] + i, left), c), d = V::fma(x, V::load_part(row[3] + i, left), d);
     }
-    V::store(lanes[0], a), V::store(lanes[1], b), V::store(lanes[2], c), V::store(lanes[3], d);
-    for (int64_t r = 0; r < 4 && j + r < rows; r++) {
-      float sum = 0.f;
-      for (int64_t l = 0; l < L; l++) sum += lanes[r][l];
-      scores[j + r] = sum;
-    }
+    V::sum4(a, b, c, d, scores + j);
   }
 }
 

@@ -34,6 +34,13 @@ struct Plain {
       return r;
     });
   }
+  static void sum4(Plain a, Plain b, Plain c, Plain d, float* to) {
+    const Plain* from[] = {&a, &b, &c, &d};
+    for (int r = 0; r < 4; r++) {
+      const float* v = from[r]->v;
+      to[r] = ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+    }
+  }
   static void transpose(const float* a, int64_t ld, float* to, int64_t ldt) {
     for (int i = 0; i < 8; i++)
       for (int j = 0; j < 8; j++) to[j * ldt + i] = a[i * ld + j];

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 import fxquant.ops
 from fxquant.config import ISAS
@@ -19,6 +18,8 @@ from fxquant.lowering.cpu.build import load_library
 from fxquant.lowering.isa import available_isas
 
 assert fxquant.ops.LIBRARY is not None
+scaled_dot_product_attention: Any = torch.nn.functional.scaled_dot_product_attention
+NAMES = ("q", "k", "v", "mask")
 # batch, heads, key heads, queries, keys, head size, head size of the values
 SHAPES = {
     "one element": (1, 1, 1, 1, 1, 1, 1),
@@ -53,8 +54,11 @@ def sample(name: str) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None) -> Tensor:
-    out: Tensor = torch.ops.fxquant.attention(q, k, v, mask, causal, scale)
+def run(*args: Any, **named: Any) -> Tensor:
+    """fxquant::attention(q, k, v) with no mask, not causal and the scale of the head size unless given."""
+    out: Tensor = torch.ops.fxquant.attention(
+        **{"mask": None, "is_causal": False, "scale": None} | dict(zip(NAMES, args, strict=False)) | named
+    )
     return out
 
 
@@ -63,7 +67,7 @@ def assert_attends(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, 
     wanted = scaled_dot_product_attention(q, k, v, mask, **named)
     wide = None if mask is None else mask if mask.dtype == torch.bool else mask.double()
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), wide, **named)
-    got = run(q, k, v, mask, causal)
+    got = run(q, k, v, mask, is_causal=causal)
     assert got.shape == wanted.shape
     assert torch.equal(got.isnan(), wanted.isnan())
     largest = float(v.nan_to_num().abs().max())
@@ -146,7 +150,7 @@ def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results += [run(q, k, v), run(q, k, v, causal=True)]
+            results += [run(q, k, v), run(q, k, v, is_causal=True)]
     finally:
         torch.set_num_threads(threads)
     for i in (2, 4):
