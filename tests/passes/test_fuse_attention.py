@@ -1,6 +1,7 @@
 """Attention sites in compiled graphs: taken with what the graph says of masks, groups and layouts, or refused and told why."""
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import fxquant
 from fxquant.errors import ConfigError
 from fxquant.reporting.report import Report
 
-scaled_dot_product_attention: Any = torch.nn.functional.scaled_dot_product_attention
+scaled_dot_product_attention: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
 REAL = "float attention with no N x M buffer"
 CODEGENS = ["ops", "inductor"]
 
@@ -66,7 +67,7 @@ def test_groups_of_heads_are_read_where_they_are(way: str, codegen: str, monkeyp
 
     def spy(node: Any, verdict: Any, fake_mode: Any) -> Any:
         made = fuse.fuse(node, verdict, fake_mode)
-        source = made if made.target is torch.ops.fxquant.attention.default else made.args[0]
+        source: Any = made if made.target is torch.ops.fxquant.attention.default else made.args[0]
         seen.append(tuple(source.args[1].meta["val"].shape))
         return made
 
