@@ -44,6 +44,7 @@ class FxQuantConfig(BaseModel):
 
     scheme: str = Field("auto", description="of every linear: auto, float or w<bits>a<bits>[-g<size>], such as w8a7")
     sites: dict[str, str] = Field({}, description="site or parameter pattern → scheme; the first match wins")
+    attention: Literal["auto", "off"] = Field("auto", description="off: keep scaled_dot_product_attention of PyTorch")
     codegen: Literal["inductor", "ops"] = Field("inductor", description="ops: run the graph without Inductor")
     assume_inference: bool = Field(False, description="quantize although gradients are enabled; outputs have none")
     dump: str | None = Field(None, description="folder for the graph after each stage that changed it")

@@ -62,6 +62,11 @@ UNITS: dict[str, tuple[str, ...]] = {
     "linear_float_avx2.cpp": _AVX2,
     "linear_float_avx512.cpp": _AVX512,
     "linear_float_ops.cpp": _TORCH,
+    "attention.cpp": (),
+    "attention_scalar.cpp": (),
+    "attention_avx2.cpp": _AVX2,
+    "attention_avx512.cpp": _AVX512,
+    "attention_ops.cpp": _TORCH,
 }
 
 

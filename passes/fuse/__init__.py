@@ -3,7 +3,11 @@
 ``FUSIONS`` has one entry a kind of candidate other than linear (``sites.KINDS``); a kind without one stays float.
 """
 
-from fxquant.passes.fuse import sigmoid_attention, softmax
+from fxquant.passes.fuse import attention, sigmoid_attention, softmax
 from fxquant.passes.fuse.fusion import Fusion
 
-FUSIONS: dict[str, Fusion] = {"sigmoid_attention": sigmoid_attention.FUSION, "softmax": softmax.FUSION}
+FUSIONS: dict[str, Fusion] = {
+    "attention": attention.FUSION,
+    "sigmoid_attention": sigmoid_attention.FUSION,
+    "softmax": softmax.FUSION,
+}

@@ -1,0 +1,279 @@
+// Fused attention with no N x M buffer: keys and values of a head are packed into panels, then strips of query rows walk
+// over blocks of keys with an online softmax. Few rows a head (decoding) read keys and values in place instead, in chunks
+// of keys whose partial results are merged in order. Where work is cut never depends on the number of workers.
+#include "attention.h"
+#include "attention_table.h"
+#include "isa.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+using namespace fxquant::attention;
+
+namespace {
+
+constexpr const Kernels* kTable[] = {&kScalar, &kAvx2, &kAvx2, &kAvx512};
+constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kScoreStride = kKeyBlock + 16;  // rows of scores do not share one set of the first-level cache
+constexpr int64_t kMostRows = 12;
+constexpr int64_t kAloneProducts = 1 << 16;  // below it, waking a second thread costs more than it does
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+Floats floats(int64_t count) {
+  void* p = std::aligned_alloc(64, (std::max<int64_t>(count, 1) * 4 + 63) / 64 * 64);
+  if (p == nullptr) throw std::bad_alloc();
+  return Floats(static_cast<float*>(p));
+}
+
+int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+struct Job {
+  const fxquant_attention_problem& p;
+  const Kernels& kernel;
+  int64_t groups, rows, heads, panel, keys_padded, values_padded, key_floats, value_floats;
+  float factor;
+
+  explicit Job(const fxquant_attention_problem& problem)
+      : p(problem),
+        kernel(*kTable[fxquant_isa()]),
+        groups(p.heads / p.kv_heads),
+        rows(groups * p.queries),
+        heads(p.batch * p.kv_heads),
+        panel(kernel.panel),
+        keys_padded(up(p.keys, panel)),
+        values_padded(up(p.value_depth, panel)),
+        key_floats(keys_padded * p.depth),
+        value_floats(values_padded * p.keys),
+        factor(static_cast<float>(static_cast<double>(p.scale) * kLog2E)) {}
+
+  // Row r of key head `head`: the query rows of all the query heads that read it, one head after the other.
+  int64_t batch_of(int64_t head) const { return head / p.kv_heads; }
+  int64_t head_of(int64_t head, int64_t r) const { return head % p.kv_heads * groups + r / p.queries; }
+  const float* key(int64_t head, int64_t j) const {
+    return p.k + batch_of(head) * p.k_stride[0] + head % p.kv_heads * p.k_stride[1] + j * p.k_stride[2];
+  }
+  const float* value(int64_t head, int64_t j) const {
+    return p.v + batch_of(head) * p.v_stride[0] + head % p.kv_heads * p.v_stride[1] + j * p.v_stride[2];
+  }
+  float* output(int64_t head, int64_t r) const {
+    return p.out + batch_of(head) * p.out_stride[0] + head_of(head, r) * p.out_stride[1] +
+           r % p.queries * p.out_stride[2];
+  }
+  int64_t limit(int64_t r) const { return p.causal ? std::min(r % p.queries + 1, p.keys) : p.keys; }
+
+  void scaled_query(int64_t head, int64_t r, float* to) const {
+    const float* q = p.q + batch_of(head) * p.q_stride[0] + head_of(head, r) * p.q_stride[1] +
+                     r % p.queries * p.q_stride[2];
+    for (int64_t c = 0; c < p.depth; c++) to[c] = q[c] * factor;
+  }
+
+  // s[j] += log2(e) mask[j]. A finite mask stays finite, so that a row of the lowest float is uniform, not empty.
+  void add_mask(int64_t head, int64_t r, int64_t first, int64_t count, float* s) const {
+    if (p.mask_kind == FXQUANT_MASK_NONE) return;
+    const int64_t step = p.mask_stride[3];
+    const int64_t offset = batch_of(head) * p.mask_stride[0] + head_of(head, r) * p.mask_stride[1] +
+                           r % p.queries * p.mask_stride[2] + first * step;
+    if (p.mask_kind == FXQUANT_MASK_BOOL) {
+      const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + offset;
+      for (int64_t j = 0; j < count; j++) s[j] += mask[j * step] ? 0.f : -std::numeric_limits<float>::infinity();
+      return;
+    }
+    const float* mask = static_cast<const float*>(p.mask) + offset;
+    const auto add = [](float score, float m) {
+      const float base2 = m * static_cast<float>(kLog2E);
+      return score + (m >= -FLT_MAX && base2 < -FLT_MAX ? -FLT_MAX : base2);
+    };
+    if (step == 1)
+      for (int64_t j = 0; j < count; j++) s[j] = add(s[j], mask[j]);
+    else
+      for (int64_t j = 0; j < count; j++) s[j] = add(s[j], mask[j * step]);
+  }
+
+  void pack_key_panel(int64_t head, int64_t i, float* to) const {
+    const int64_t j = i * panel;
+    kernel.pack_keys(key(head, j), p.k_stride[2], std::min(panel, p.keys - j), p.depth, to + j * p.depth);
+  }
+  void pack_value_rows(int64_t head, int64_t from, int64_t end, float* to) const {
+    for (int64_t c = 0; c < p.value_depth; c += panel) {
+      const int64_t width = std::min(panel, p.value_depth - c);
+      for (int64_t j = from; j < end; j++) {
+        float* row = to + c * p.keys + j * panel;
+        std::memcpy(row, value(head, j) + c, width * 4);
+        std::memset(row + width, 0, (panel - width) * 4);
+      }
+    }
+  }
+
+  int64_t blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
+  int64_t scratch_floats() const {
+    return kRowBlock * (p.depth + values_padded + 2) + kMostRows * kScoreStride;
+  }
+  void block(int64_t head, int64_t index, const float* keys, const float* values, float* scratch) const;
+  void strip(int64_t head, int64_t r0, int64_t count, int64_t k0, const float* q, const float* keys, const float* values,
+             float* out, float* top, float* sum, float* scores) const;
+
+  int64_t chunks() const { return (p.keys + kDirectKeys - 1) / kDirectKeys; }
+  int64_t partial_floats() const { return p.value_depth + 2; }
+  void direct(int64_t head, int64_t chunk, float* partial, float* scratch) const;
+  void merge(int64_t head, const float* partial) const;
+  void finish(int64_t head, int64_t r, const float* from, float sum) const;
+};
+
+// A row whose keys are all masked away has sum 0 and output 0.
+void Job::finish(int64_t head, int64_t r, const float* from, float sum) const {
+  float* to = output(head, r);
+  const float by = sum == 0.f ? 0.f : 1.f / sum;
+  for (int64_t c = 0; c < p.value_depth; c++) to[c] = from[c] * by;
+}
+
+// One strip of rows against one block of keys.
+void Job::strip(int64_t head, int64_t r0, int64_t count, int64_t k0, const float* q, const float* keys,
+                const float* values, float* out, float* top, float* sum, float* scores) const {
+  int64_t seen = 0;
+  for (int64_t r = 0; r < count; r++) seen = std::max(seen, limit(r0 + r));
+  const int64_t used = std::min(seen - k0, kKeyBlock);
+  if (used <= 0) return;
+  for (int64_t j = 0; j < used; j += panel)
+    (used - j > panel / 2 ? kernel.wide : kernel.narrow)[count - 1](
+        q, p.depth, keys + (k0 + j) * p.depth, panel, p.depth, scores + j, kScoreStride, true);
+  for (int64_t r = 0; r < count; r++) {
+    float* s = scores + r * kScoreStride;
+    const int64_t own = std::clamp<int64_t>(limit(r0 + r) - k0, 0, used);
+    add_mask(head, r0 + r, k0, own, s);
+    const float factor = kernel.softmax(s, own, up(used, panel), top + r, sum + r);
+    if (k0 > 0 && factor != 1.f)
+      for (int64_t c = 0; c < values_padded; c++) out[r * values_padded + c] *= factor;
+  }
+  for (int64_t c = 0; c < p.value_depth; c += panel)
+    (p.value_depth - c > panel / 2 ? kernel.wide : kernel.narrow)[count - 1](
+        scores, kScoreStride, values + c * p.keys + k0 * panel, panel, used, out + c, values_padded, k0 == 0);
+}
+
+void Job::block(int64_t head, int64_t index, const float* keys, const float* values, float* scratch) const {
+  float *q = scratch, *out = q + kRowBlock * p.depth, *top = out + kRowBlock * values_padded, *sum = top + kRowBlock;
+  float* scores = sum + kRowBlock;
+  const int64_t first = index * kRowBlock, count = std::min(kRowBlock, rows - first);
+  for (int64_t r = 0; r < count; r++) {
+    scaled_query(head, first + r, q + r * p.depth);
+    top[r] = -std::numeric_limits<float>::infinity();
+    sum[r] = 0.f;
+  }
+  for (int64_t k0 = 0; k0 < p.keys; k0 += kKeyBlock)
+    for (int64_t r = 0; r < count;) {
+      const int64_t left = count - r, most = kernel.rows;
+      const int64_t height = left >= 2 * most ? most : left > most ? (left + 1) / 2 : left;
+      strip(head, first + r, height, k0, q + r * p.depth, keys, values, out + r * values_padded, top + r, sum + r, scores);
+      r += height;
+    }
+  for (int64_t r = 0; r < count; r++) finish(head, first + r, out + r * values_padded, sum[r]);
+}
+
+// The partial result of every row of a head over one chunk of keys: max, sum, weighted values.
+void Job::direct(int64_t head, int64_t chunk, float* partial, float* scratch) const {
+  float *q = scratch, *s = scratch + up(p.depth, 16);
+  const int64_t k0 = chunk * kDirectKeys;
+  for (int64_t r = 0; r < rows; r++, partial += partial_floats()) {
+    const int64_t used = std::clamp<int64_t>(limit(r) - k0, 0, kDirectKeys);
+    partial[0] = -std::numeric_limits<float>::infinity();
+    partial[1] = 0.f;
+    scaled_query(head, r, q);
+    if (used > 0) kernel.dot_rows(q, key(head, k0), p.k_stride[2], used, p.depth, s);
+    add_mask(head, r, k0, used, s);
+    kernel.softmax(s, used, up(used, panel), partial, partial + 1);
+    kernel.mix_rows(s, value(head, k0), p.v_stride[2], used, p.value_depth, partial + 2);
+  }
+}
+
+void Job::merge(int64_t head, const float* partial) const {
+  const int64_t size = partial_floats(), stride = rows * size;
+  const auto sum = floats(p.value_depth);
+  for (int64_t r = 0; r < rows; r++) {
+    float top = -std::numeric_limits<float>::infinity(), total = 0.f;
+    for (int64_t i = 0; i < chunks(); i++) top = std::max(top, partial[i * stride + r * size]);
+    std::fill_n(sum.get(), p.value_depth, 0.f);
+    for (int64_t i = 0; i < chunks(); i++) {
+      const float* from = partial + i * stride + r * size;
+      const float by = from[0] == -std::numeric_limits<float>::infinity() ? 1.f : std::exp2(from[0] - top);
+      total += from[1] * by;
+      for (int64_t c = 0; c < p.value_depth; c++) sum[c] += from[2 + c] * by;
+    }
+    finish(head, r, sum.get(), total);
+  }
+}
+
+// task(i, scratch) for 0 <= i < count, on workers that take the next one when they are done with theirs.
+template <typename Task>
+void share(int64_t count, int64_t workers, int64_t scratch, fxquant_parallel parallel, void* pool, Task task) {
+  struct Context {
+    std::atomic<int64_t> next;
+    int64_t count, scratch;
+    Task& task;
+  } context{{0}, count, scratch, task};
+  const auto body = [](void* given) {
+    Context& c = *static_cast<Context*>(given);
+    const auto memory = floats(c.scratch);
+    for (int64_t i; (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.count;) c.task(i, memory.get());
+  };
+  if (workers <= 1 || count <= 1) return body(&context);
+  parallel(pool, std::min(workers, count), body, &context);
+}
+
+}  // namespace
+
+extern "C" void fxquant_attention(
+    const fxquant_attention_problem* problem, int64_t workers, fxquant_parallel parallel, void* pool) {
+  const Job job(*problem);
+  if (job.rows == 0 || job.heads == 0) return;
+  if (job.heads * job.rows * problem->keys * (problem->depth + problem->value_depth) < kAloneProducts) workers = 1;
+  if (job.rows <= kDirectRows) {
+    const int64_t chunks = job.chunks(), size = job.rows * job.partial_floats();
+    if (chunks == 1) {
+      share(job.heads, workers, up(problem->depth, 16) + kDirectKeys + size, parallel, pool, [&](int64_t i, float* scratch) {
+        job.direct(i, 0, scratch, scratch + size);
+        job.merge(i, scratch);
+      });
+      return;
+    }
+    const auto partial = floats(job.heads * chunks * size);
+    share(job.heads * chunks, workers, up(problem->depth, 16) + kDirectKeys, parallel, pool, [&](int64_t i, float* scratch) {
+      job.direct(i / chunks, i % chunks, partial.get() + i * size, scratch);
+    });
+    share(job.heads, workers, 0, parallel, pool,
+          [&](int64_t i, float*) { job.merge(i, partial.get() + i * chunks * size); });
+    return;
+  }
+  const int64_t packed = job.key_floats + job.value_floats, panels = job.keys_padded / job.panel;
+  const bool balanced = job.heads % workers == 0 || job.heads >= 4 * workers;
+  if (balanced || job.blocks() == 1) {  // a worker packs the heads that it computes
+    share(job.heads, workers, packed + job.scratch_floats(), parallel, pool, [&](int64_t head, float* memory) {
+      float *keys = memory, *values = memory + job.key_floats;
+      for (int64_t i = 0; i < panels; i++) job.pack_key_panel(head, i, keys);
+      job.pack_value_rows(head, 0, problem->keys, values);
+      for (int64_t i = 0; i < job.blocks(); i++) job.block(head, i, keys, values, memory + packed);
+    });
+    return;
+  }
+  const auto shared = floats(job.heads * packed);
+  share(job.heads * panels, workers, 0, parallel, pool, [&](int64_t i, float*) {
+    const int64_t head = i / panels, first = i % panels * job.panel;
+    float* keys = shared.get() + head * packed;
+    job.pack_key_panel(head, i % panels, keys);
+    job.pack_value_rows(head, first, std::min(first + job.panel, problem->keys), keys + job.key_floats);
+  });
+  share(job.heads * job.blocks(), workers, job.scratch_floats(), parallel, pool, [&](int64_t i, float* scratch) {
+    const int64_t head = i / job.blocks(), last = job.blocks() - 1;
+    const float* keys = shared.get() + head * packed;
+    job.block(head, last - i % job.blocks(), keys, keys + job.key_floats, scratch);  // causal: the longest first
+  });
+}

@@ -1,0 +1,89 @@
+// The attention operator on torch's stable ABI. Its schema is defined in Python (fxquant/ops/attention.py).
+#include "attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+Tensor unit_stride(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// Batch, head and row strides; a tensor of three dimensions has one head.
+void strides_of(const Tensor& x, int64_t* to) {
+  const bool wide = x.dim() == 4;
+  to[0] = x.stride(0);
+  to[1] = wide ? x.stride(1) : 0;
+  to[2] = x.stride(x.dim() - 2);
+}
+
+void set_mask(fxquant_attention_problem& p, const Tensor& mask, bool wide) {
+  const bool known = mask.scalar_type() == ScalarType::Bool || mask.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(known, "fxquant::attention: the mask must be bool or float32");
+  const int64_t dims = wide ? 4 : 3, sizes[4] = {p.batch, p.heads, p.queries, p.keys};
+  STD_TORCH_CHECK(mask.dim() <= dims, "fxquant::attention: the mask has more dimensions than the query");
+  p.mask_kind = mask.scalar_type() == ScalarType::Bool ? FXQUANT_MASK_BOOL : FXQUANT_MASK_FLOAT;
+  p.mask = mask.data_ptr();
+  for (int64_t d = 0; d < mask.dim(); d++) {
+    const int64_t from_end = mask.dim() - d;
+    const int64_t axis = !wide && from_end == 3 ? 0 : 4 - from_end;
+    STD_TORCH_CHECK(mask.size(d) == 1 || mask.size(d) == sizes[axis], "fxquant::attention: dimension ", d, " of the mask has ",
+                    mask.size(d), " entries, 1 or ", sizes[axis], " are needed");
+    p.mask_stride[axis] = mask.size(d) == 1 ? 0 : mask.stride(d);
+  }
+}
+
+void parallel(void*, int64_t workers, void (*body)(void*), void* context) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) body(context);
+  });
+}
+
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask, bool causal,
+                 std::optional<double> scale) {
+  const int64_t dims = query.dim();
+  const bool wide = dims == 4;
+  STD_TORCH_CHECK((wide || dims == 3) && key.dim() == dims && value.dim() == dims,
+                  "fxquant::attention: query, key and value must have 3 or 4 dimensions");
+  for (const Tensor* x : {&query, &key, &value})
+    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float, "fxquant::attention: query, key and value must be float32");
+  const Tensor q = unit_stride(query), k = unit_stride(key), v = unit_stride(value);
+  fxquant_attention_problem p{};
+  p.batch = q.size(0), p.heads = wide ? q.size(1) : 1, p.kv_heads = wide ? k.size(1) : 1;
+  p.queries = q.size(dims - 2), p.keys = k.size(dims - 2), p.depth = q.size(dims - 1), p.value_depth = v.size(dims - 1);
+  STD_TORCH_CHECK(k.size(0) == p.batch && v.size(0) == p.batch && k.size(dims - 1) == p.depth &&
+                      v.size(dims - 2) == p.keys && (!wide || v.size(1) == p.kv_heads),
+                  "fxquant::attention: the shapes of query, key and value do not fit together");
+  STD_TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "fxquant::attention: ", p.heads,
+                  " query heads cannot share ", p.kv_heads, " key heads");
+  STD_TORCH_CHECK(p.depth > 0 && p.value_depth > 0 && p.keys > 0, "fxquant::attention: a head or the keys are empty");
+  strides_of(q, p.q_stride), strides_of(k, p.k_stride), strides_of(v, p.v_stride);
+  p.q = static_cast<const float*>(q.data_ptr()), p.k = static_cast<const float*>(k.data_ptr());
+  p.v = static_cast<const float*>(v.data_ptr());
+  p.causal = causal;
+  p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.depth)));
+  if (mask) set_mask(p, *mask, wide);
+  std::vector<int64_t> sizes{p.batch, p.queries, p.value_depth};
+  if (wide) sizes.insert(sizes.begin() + 2, p.heads);
+  Tensor out = torch::stable::new_empty(q, sizes);  // [B, N, H, e]: heads side by side, as the next linear reads them
+  if (wide) out = torch::stable::transpose(out, 1, 2);
+  strides_of(out, p.out_stride);
+  p.out = static_cast<float*>(out.data_ptr());
+  fxquant_attention(&p, std::max<int64_t>(1, torch::stable::get_num_threads()), parallel, nullptr);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fxquant, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }

@@ -1,0 +1,156 @@
+"""scaled_dot_product_attention(q, k, v, mask)  →  fxquant::attention(q, k, v, mask)
+
+One kernel with no N x M buffer and float accuracy. Keys and values that were repeated for groups of query heads are read
+where they are: the copy goes.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant._compat import FakeTensorMode
+from fxquant.config import FxQuantConfig
+from fxquant.passes.fuse.fusion import Fusion, Verdict
+
+aten = torch.ops.aten
+MAX_DEPTH = 256  # the largest head size that was measured
+# Below so many products of q and k, calling the kernel costs more than it saves (measured on AVX2, two threads: even at
+# 12 heads of 1 x 128 x 64, 1.3 to 1.5 times faster at 12 heads of 16 x 16 x 32).
+MIN_PRODUCTS = 98304
+_NAMES = ("q", "k", "v", "mask", "dropout_p", "is_causal")
+_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+_SAME = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.slice.Tensor)
+
+
+def operands(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a scaled_dot_product_attention node by name, defaults filled in."""
+    given = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+    given["mask"] = given.pop("attn_mask", given.get("mask"))
+    return {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False} | given
+
+
+def conditions(node: fx.Node) -> Iterator[tuple[str, bool]]:
+    """(sentence, whether it holds); the first false one is what the report says."""
+    args = operands(node)
+    q, k, v = (args[name].meta["val"] for name in "qkv")
+    mask = args["mask"].meta["val"] if args["mask"] is not None else None
+    yield "attention with dropout keeps the operator of PyTorch", args["dropout_p"] == 0
+    yield "only CPU has an attention kernel yet", q.device.type == "cpu"
+    yield "q, k and v must be float32 for the attention kernel", all(x.dtype == torch.float32 for x in (q, k, v))
+    yield "q, k and v must have 3 or 4 dimensions", q.dim() in (3, 4) and k.dim() == v.dim() == q.dim()
+    yield "q, k and v must share their batch size", len({str(x.shape[0]) for x in (q, k, v)}) == 1
+    yield "the heads of q must be a known multiple of those of k and v", _heads_fit(q, k, v, bool(args["enable_gqa"]))
+    yield (
+        f"head sizes must lie between 1 and {MAX_DEPTH}, where the kernel was measured",
+        all(not isinstance(x.shape[-1], int) or 0 < x.shape[-1] <= MAX_DEPTH for x in (q, v)),
+    )
+    yield "there must be keys and queries", not any(isinstance(s, int) and s == 0 for x in (q, k) for s in x.shape)
+    yield "a mask beside is_causal keeps the operator of PyTorch", mask is None or not args["is_causal"]
+    yield (
+        "the mask must be bool or float32 and have 2 dimensions up to those of q",
+        mask is None or (mask.dtype in (torch.bool, torch.float32) and 2 <= mask.dim() <= q.dim()),
+    )
+    yield (
+        f"fewer than {MIN_PRODUCTS} products of q and k: the operator of PyTorch is as fast",
+        not all(isinstance(s, int) for s in (*q.shape, k.shape[-2])) or q.numel() * k.shape[-2] >= MIN_PRODUCTS,
+    )
+    yield "the scale must be a number", args["scale"] is None or isinstance(args["scale"], (int, float))
+
+
+def _heads_fit(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
+    if q.dim() == 3:
+        return True
+    heads, key_heads, value_heads = (x.shape[1] for x in (q, k, v))
+    if not grouped:
+        return str(heads) == str(key_heads) == str(value_heads)
+    known = all(isinstance(size, int) and size > 0 for size in (heads, key_heads, value_heads))
+    return known and key_heads == value_heads and heads % key_heads == 0
+
+
+def decide(node: fx.Node, settings: Mapping[str, str], config: FxQuantConfig, isa: str) -> Verdict:
+    """Whether the kernel takes an attention node, and why."""
+    if config.attention == "off":
+        return Verdict("the option attention='off' keeps the operator of PyTorch")
+    for sentence, holds in conditions(node):
+        if not holds:
+            return Verdict(sentence)
+    return Verdict("float attention with no N x M buffer", kernel="attention", error_class="REAL")
+
+
+def fuse(node: fx.Node, verdict: Verdict, fake_mode: FakeTensorMode) -> fx.Node:
+    """Replace the node by fxquant::attention.
+
+    The result is contiguous where the old one was, unless every reader swaps heads and queries first: those then read
+    contiguous memory without a copy.
+    """
+    args = operands(node)
+    k, v = args["k"], args["v"]
+    sources = unrepeated(k), unrepeated(v)
+    if sources[0] is not None and sources[1] is not None and _key_heads(sources[0]) == _key_heads(sources[1]):
+        k, v = sources
+    call = (args["q"], k, v, args["mask"], bool(args["is_causal"]), args["scale"])
+    old: Tensor = node.meta["val"]
+    made = _call(node, torch.ops.fxquant.attention.default, call, fake_mode)
+    if _layout(made.meta["val"]) != _layout(old) and not all(map(_swaps_heads, node.users)):
+        made = _call(node, aten.clone.default, (made,), fake_mode, memory_format=torch.contiguous_format)
+    node.replace_all_uses_with(made)
+    graph = node.graph
+    graph.erase_node(node)
+    return made
+
+
+def _swaps_heads(user: fx.Node) -> bool:
+    if user.target is aten.transpose.int:
+        return tuple(user.args[1:]) in ((1, 2), (2, 1), (-3, -2), (-2, -3))
+    return user.target is aten.permute.default and user.args[1] == [0, 2, 1, 3]
+
+
+def unrepeated(node: fx.Node) -> fx.Node | None:
+    """The keys or values [B, Hkv, M, d] before they were repeated along the heads, or None."""
+    if node.target is aten.repeat_interleave.self_int:
+        source, _, *dim = node.args
+        whole = dim == [1] and isinstance(source, fx.Node) and source.meta["val"].dim() == 4
+        return source if whole and isinstance(source, fx.Node) else None
+    if node.target not in _RESHAPES:
+        return None
+    expand = _skip_copies(node.args[0])
+    if expand.target is not aten.expand.default:
+        return None
+    unsqueeze = _skip_copies(expand.args[0])
+    if unsqueeze.target is not aten.unsqueeze.default or unsqueeze.args[1] != 2:
+        return None
+    source = _skip_copies(unsqueeze.args[0])
+    before, wide, after = (tuple(map(str, x.meta["val"].shape)) for x in (source, expand, node))
+    fits = len(before) == 4 and len(after) == 4 and (wide[:2], wide[3:]) == (before[:2], before[2:])
+    same = fits and (after[0], after[2:]) == (before[0], before[2:])
+    return source if same else None
+
+
+def _skip_copies(node: Any) -> fx.Node:
+    while node.target in _SAME and tuple(map(str, node.meta["val"].shape)) == tuple(map(str, node.args[0].meta["val"].shape)):
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _key_heads(node: fx.Node) -> str:
+    return str(node.meta["val"].shape[1])
+
+
+def _layout(x: Tensor) -> tuple[str, ...]:
+    return tuple(map(str, x.stride()))  # as text: comparing symbolic strides would add guards
+
+
+def _call(like: fx.Node, target: Any, args: tuple[Any, ...], fake_mode: FakeTensorMode, **named: Any) -> fx.Node:
+    with like.graph.inserting_before(like):
+        made = like.graph.call_function(target, args, named)
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    with fake_mode, torch.no_grad():
+        value = target(*values, **named)
+    made.meta = {**like.meta, "val": value}
+    return made
+
+
+FUSION = Fusion(decide, fuse)
