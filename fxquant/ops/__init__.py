@@ -2,5 +2,6 @@
 
 from fxquant.ops.library import LIBRARY
 from fxquant.ops.linear import packed_bytes
+from fxquant.ops.program import FIELDS, Op
 
-__all__ = ["LIBRARY", "packed_bytes"]
+__all__ = ["FIELDS", "LIBRARY", "Op", "packed_bytes"]

@@ -39,6 +39,11 @@ UNITS: dict[str, tuple[str, ...]] = {
     "linear_avxvnni.cpp": (*_AVX2, "-mavxvnni"),
     "linear_avx512vnni.cpp": _AVX512,
     "linear_ops.cpp": _TORCH,
+    "program.cpp": (),
+    "program_scalar.cpp": (),
+    "program_avx2.cpp": _AVX2,
+    "program_avx512.cpp": _AVX512,
+    "program_ops.cpp": _TORCH,
 }
 
 
