@@ -9,7 +9,7 @@ from fxquant.errors import VerifyError
 ALLOWED: dict[str, frozenset[str]] = {
     "recognise": frozenset(),
     "quantize": frozenset({"fxquant::fake_quant_per_token", "fxquant::fake_quant_per_channel"}),
-    "fuse": frozenset({"fxquant::linear_dynamic"}),
+    "fuse": frozenset({"fxquant::linear_dynamic", "fxquant::rows"}),
 }
 
 

@@ -97,7 +97,8 @@ int64_t RowProgram::block_rows(int64_t threads) const {
   int64_t bytes = floats_ * 4 + 1;  // a program may need no arena at all
   for (int64_t codes : lane_codes_) bytes += Scratch(1, codes_[codes].k, codes_[codes].wide).stride;
   const int64_t most = std::clamp<int64_t>(kArenaBudget / bytes, 8, kMostRows);
-  return even_share(m_, even_share(m_, round_up((m_ + most - 1) / most, threads)));
+  const int64_t blocks = round_up((m_ + most - 1) / most, threads);
+  return (m_ + blocks - 1) / blocks;
 }
 
 int64_t RowProgram::arena_bytes(int64_t rows) const {
