@@ -156,9 +156,7 @@ class _Lowered:
     kept: tuple[int, ...]
 
 
-def _lower(
-    captured: Captured, planned: Planned, chains: bool, graph: CompiledGraph | None, dumper: Dumper | None
-) -> _Lowered:
+def _lower(captured: Captured, planned: Planned, chains: bool, graph: CompiledGraph | None, dumper: Dumper | None) -> _Lowered:
     """quantize and fuse, on a copy: the recognised graph stays as it is for variants."""
     gm, copies = _copy_graph(captured.gm)
     stage = graph.stage if graph is not None else _untimed

@@ -97,7 +97,7 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
     pending = [source for node in graph.nodes if _writes(node) for source in (node, *node.all_input_nodes)]
     while pending:
         node = pending.pop()
-        if node in written:
+        if node in written or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         written.add(node)
         pending += [user for user in node.users if is_alias(user) or not is_row_wise(user)]
@@ -108,7 +108,9 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
 def _writes(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
-    return not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return isinstance(node.meta.get("val"), torch.Tensor) and node.target is not operator.getitem  # not index arithmetic
 
 
 def _results(group: Sequence[fx.Node]) -> list[fx.Node]:

@@ -51,9 +51,7 @@ class Program:
     def norm(self, op: Op, a: int, weight: bool = True, bias: bool = True) -> int:
         self.constants.append(1e-5)
         n = self.width(a)
-        return self.add(
-            op, n, a, 0, self.vector(n) if weight else -1, self.vector(n) if bias else -1, len(self.constants) - 1
-        )
+        return self.add(op, n, a, 0, self.vector(n) if weight else -1, self.vector(n) if bias else -1, len(self.constants) - 1)
 
     def row(self, op: Op, a: int) -> int:
         return self.add(op, self.width(a), a, 0, self.vector(self.width(a)))
@@ -84,9 +82,7 @@ class Program:
         )
 
     def wanted(self) -> list[Tensor]:
-        return meaning.rows(
-            self.inputs, self.weights, self.params, self.registers, self.code, self.constants, self.outputs
-        )
+        return meaning.rows(self.inputs, self.weights, self.params, self.registers, self.code, self.constants, self.outputs)
 
 
 @contextmanager
