@@ -115,7 +115,9 @@ def _writes(node: fx.Node) -> bool:
 
 def _results(group: Sequence[fx.Node]) -> list[fx.Node]:
     """The values that are read outside. A view with an outside reader stays in the graph and reads from outside."""
-    members, outside, results = set(group), set(), []
+    members = set(group)
+    outside: set[fx.Node] = set()
+    results: list[fx.Node] = []
     for node in reversed(group):
         if any(user not in members or user in outside for user in node.users):
             (outside.add if is_alias(node) else results.append)(node)

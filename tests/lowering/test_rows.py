@@ -77,9 +77,10 @@ class Program:
         return self
 
     def run(self) -> list[Tensor]:
-        return torch.ops.fxquant.rows(
+        made: list[Tensor] = torch.ops.fxquant.rows(
             self.inputs, self.packed, self.params, self.registers, self.code, self.constants, self.outputs
         )
+        return made
 
     def wanted(self) -> list[Tensor]:
         return meaning.rows(self.inputs, self.weights, self.params, self.registers, self.code, self.constants, self.outputs)
@@ -102,7 +103,7 @@ def at_most(isa: int, threads: int) -> Iterator[None]:
 def memory_filled_with_nan() -> Iterator[None]:
     """Every new tensor starts as NaN, so that a hole in an output shows."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -206,9 +207,9 @@ def test_norms(op: Op, width: int, weight: bool) -> None:
     exact = x[[0, 1, 2, 4, 6, 8, 9, 10]].double()
     given: Sequence[Tensor] = [v.double() for v in program.params]
     if op == Op.LAYER_NORM:
-        wanted = f.layer_norm(exact, (width,), *given, eps=1e-5)
+        wanted = f.layer_norm(exact, (width,), *(given or (None, None)), 1e-5)
     else:
-        wanted = f.rms_norm(exact, (width,), *given, eps=1e-5)
+        wanted = f.rms_norm(exact, (width,), given[0] if given else None, 1e-5)
     assert torch.allclose(program.run()[0][[0, 1, 2, 4, 6, 8, 9, 10]].double(), wanted, rtol=2e-5, atol=2e-5)
 
 

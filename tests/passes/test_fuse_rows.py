@@ -1,5 +1,6 @@
 """Which row-wise work becomes one row program, and that the result stays that of the separate operators."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ def both(function: Function, *args: Tensor, dynamic: bool | None = None) -> list
     results = []
     for chains in (True, False):
         torch._dynamo.reset()
+        gc.collect()  # a report lists every graph that is alive
         options: Any = {"scheme": "w8a8", "codegen": "ops", "chains": chains}
         compiled = torch.compile(function, backend="fxquant", options=options, dynamic=dynamic)
         with torch.no_grad():
