@@ -45,7 +45,7 @@ class FxQuantConfig(BaseModel):
     scheme: str = Field("auto", description="scheme of every linear: auto, float, w8a8, w8a7 or w7a7")
     sites: dict[str, str] = Field({}, description="site or parameter pattern → scheme; the first match wins")
     codegen: Literal["inductor", "ops"] = Field("inductor", description="ops: run the graph without Inductor")
-    chains: bool = Field(True, description="run linears and the row-wise work around them as one fxquant::rows")
+    chains: bool = Field(False, description="run linears and the row-wise work around them as one fxquant::rows")
     assume_inference: bool = Field(False, description="quantize although gradients are enabled; outputs have none")
     dump: str | None = Field(None, description="folder for the graph after each stage that changed it")
     inductor: dict[str, Any] = Field({}, description="Inductor config patches for this compilation")

@@ -207,7 +207,7 @@ def test_norms(op: Op, width: int, weight: bool) -> None:
     exact = x[[0, 1, 2, 4, 6, 8, 9, 10]].double()
     given: Sequence[Tensor] = [v.double() for v in program.params]
     if op == Op.LAYER_NORM:
-        wanted = f.layer_norm(exact, (width,), *(given or (None, None)), 1e-5)
+        wanted = f.layer_norm(exact, (width,), given[0] if given else None, given[1] if given else None, 1e-5)
     else:
         wanted = f.rms_norm(exact, (width,), given[0] if given else None, 1e-5)
     assert torch.allclose(program.run()[0][[0, 1, 2, 4, 6, 8, 9, 10]].double(), wanted, rtol=2e-5, atol=2e-5)
