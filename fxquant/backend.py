@@ -28,6 +28,7 @@ from fxquant.lowering.salt import cache_salt
 from fxquant.passes.fuse import FUSIONS
 from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.fuse.linear import fuse_linears
+from fxquant.passes.fuse.rows import fuse_rows
 from fxquant.passes.quantize.linear import quantize_linear
 from fxquant.passes.recognise import recognise
 from fxquant.passes.verify import verify
@@ -101,17 +102,17 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
     if planned.changes_nothing:
         raise _StayFloat("nothing was quantized: the graph is compiled as it came")
     try:
-        lowered = _lower(captured, planned, graph, dumper)
+        lowered = _lower(captured, planned, graph.config.chains, graph, dumper)
         program = _generate(lowered, planned.packed, args, graph)
     except DYNAMO_CONTROL_FLOW:
         raise
     except Exception as error:
         raise _StayFloat(f"lowering failed: {_one_line(error)}", FloatFallbackWarning) from error
 
-    outline = planned.without_contents()
+    outline, chains = planned.without_contents(), graph.config.chains
 
     def variant(reasons: Mapping[str, str]) -> Program:
-        other = _lower(captured, outline.without(reasons), None, None)
+        other = _lower(captured, outline.without(reasons), chains, None, None)
         return Program(_generate_later(other.gm, graph), other.slots, other.kept)
 
     graph.binder = binder = Binder(program, variant, graph.on_bind)
@@ -172,7 +173,7 @@ class _Lowered:
     kept: tuple[int, ...]
 
 
-def _lower(captured: Captured, planned: Planned, graph: CompiledGraph | None, dumper: Dumper | None) -> _Lowered:
+def _lower(captured: Captured, planned: Planned, chains: bool, graph: CompiledGraph | None, dumper: Dumper | None) -> _Lowered:
     """quantize and fuse, on a copy: the recognised graph stays as it is for variants."""
     gm, copies = _copy_graph(captured.gm)
     stage = graph.stage if graph is not None else _untimed
@@ -191,6 +192,9 @@ def _lower(captured: Captured, planned: Planned, graph: CompiledGraph | None, du
                 graph.keep_operator([site for site, of in planned.nodes.items() if of is node], problem)
         blobs = {site: packed.blob for site, packed in planned.packed.items() if packed.blob is not None}
         slots, kept = fuse_linears(gm, captured.fake_mode, linears, blobs)
+        made = fuse_rows(gm, captured.fake_mode) if chains else []
+        if graph is not None:
+            graph.add_chains("fuse", made)
         verify(gm, "fuse")
     if dumper is not None:
         dumper.stage("fuse", gm)

@@ -46,6 +46,7 @@ class FxQuantConfig(BaseModel):
     sites: dict[str, str] = Field({}, description="site or parameter pattern → scheme; the first match wins")
     attention: Literal["auto", "off"] = Field("auto", description="off: keep scaled_dot_product_attention of PyTorch")
     codegen: Literal["inductor", "ops"] = Field("inductor", description="ops: run the graph without Inductor")
+    chains: bool = Field(False, description="run linears and the row-wise work around them as one fxquant::rows")
     assume_inference: bool = Field(False, description="quantize although gradients are enabled; outputs have none")
     dump: str | None = Field(None, description="folder for the graph after each stage that changed it")
     inductor: dict[str, Any] = Field({}, description="Inductor config patches for this compilation")

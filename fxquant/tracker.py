@@ -19,7 +19,8 @@ from torch import Tensor, fx
 from fxquant._compat import frame_fields, is_called_by_user_code
 from fxquant.binding import Binder, Packed
 from fxquant.config import FxQuantConfig
-from fxquant.passes.rule import Event
+from fxquant.passes.fuse.rows import Chain
+from fxquant.passes.rule import REAL, Event
 from fxquant.planning import Planned, site_timing
 from fxquant.reporting.record import GraphRecord, RewriteRow, SiteRow, StageRow
 from fxquant.sites import Site, clean_source
@@ -75,6 +76,11 @@ class CompiledGraph:
             )
             for event in events
         )
+        self.record = replace(self.record, rewrites=(*self.record.rewrites, *rows))
+
+    def add_chains(self, stage: str, chains: Sequence[Chain]) -> None:
+        """Remember which row-wise work became one operator."""
+        rows = tuple(RewriteRow("rows", chain.title, chain.node_name, stage, REAL, chain.sentence) for chain in chains)
         self.record = replace(self.record, rewrites=(*self.record.rewrites, *rows))
 
     def set_plan(self, planned: Planned) -> None:

@@ -6,14 +6,17 @@ from fxquant.ops.library import LIBRARY
 from fxquant.ops.linear import packed_bytes
 from fxquant.ops.linear_float import packed_float_bytes
 from fxquant.ops.linear_lut import packed_lut_bytes
+from fxquant.ops.program import FIELDS, Op
 from fxquant.ops.softmax import BLOCKED, THREE_PASS, TWO_PASS
 from fxquant.ops.stream import stream_bytes
 
 __all__ = [
     "BLOCKED",
+    "FIELDS",
     "LIBRARY",
     "THREE_PASS",
     "TWO_PASS",
+    "Op",
     "packed_bytes",
     "packed_float_bytes",
     "packed_lut_bytes",

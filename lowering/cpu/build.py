@@ -67,6 +67,11 @@ UNITS: dict[str, tuple[str, ...]] = {
     "attention_avx2.cpp": _AVX2,
     "attention_avx512.cpp": _AVX512,
     "attention_ops.cpp": _TORCH,
+    "program.cpp": (),
+    "program_scalar.cpp": (),
+    "program_avx2.cpp": _AVX2,
+    "program_avx512.cpp": _AVX512,
+    "program_ops.cpp": _TORCH,
 }
 
 

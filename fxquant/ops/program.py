@@ -1,0 +1,51 @@
+"""The operator fxquant::rows: a chain of row-wise work as a small program on registers of rows.
+
+A register holds ``width`` float32 values of every row. It lives in scratch memory (place -1), or is input number
+``place``; an output names the register it is made of and the input whose leading sizes it takes. An instruction is seven
+integers ``(op, dst, a, b, first, second, third)``; ``Op`` says what they mean. lowering/cpu/program.h has the same table.
+"""
+
+from enum import IntEnum
+
+from torch import Tensor
+
+from fxquant.ops.library import define
+
+
+class Op(IntEnum):
+    """dst and a are registers. Vectors are indices into params, -1 where an optional one is missing."""
+
+    LINEAR = 0  # dst = linear(a); b: packed weight, first: bias or -1, second and third: bits of weight and activation
+    LAYER_NORM = 1  # first, second: weight and bias or -1; third: index of eps in constants
+    RMS_NORM = 2  # first: weight or -1; third: index of eps
+    GELU_ERF = 3
+    GELU_TANH = 4
+    SILU = 5
+    RELU = 6
+    ADD = 7  # dst = a + b
+    MUL = 8  # dst = a * b
+    ADD_ROW = 9  # dst = a + params[first] in every row
+    MUL_ROW = 10
+
+
+FIELDS = 7
+
+
+def _rows(
+    inputs: list[Tensor],
+    packed: list[Tensor],
+    params: list[Tensor],
+    registers: list[int],
+    program: list[int],
+    constants: list[float],
+    outputs: list[int],
+) -> list[Tensor]:
+    pairs = zip(outputs[::2], outputs[1::2], strict=True)
+    return [inputs[like].new_empty((*inputs[like].shape[:-1], registers[2 * reg])) for reg, like in pairs]
+
+
+define(
+    "rows(Tensor[] inputs, Tensor[] packed, Tensor[] params, int[] registers, int[] program, float[] constants,"
+    " int[] outputs) -> Tensor[]",
+    _rows,
+)
