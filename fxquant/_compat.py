@@ -249,6 +249,12 @@ class Inductor:
         """A buffer that stands for a value inside a template."""
         return self._ir.Buffer(name=name, layout=layout)
 
+    def pointwise(self, like: Any, inner: Callable[[Any], Any]) -> Any:
+        """A new value with the sizes of ``like``, computed element by element."""
+        return self._ir.Pointwise.create(
+            device=like.get_device(), dtype=like.get_dtype(), inner_fn=inner, ranges=like.get_size()
+        )
+
     def pointwise_buffer(self, out: Any, inner: Callable[[Any], Any]) -> Any:
         """The buffer ``out`` computed element by element."""
         data = self._ir.Pointwise(device=out.get_device(), dtype=out.get_dtype(), inner_fn=inner, ranges=out.get_size())

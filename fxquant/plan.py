@@ -13,14 +13,10 @@ from fxquant.reach import reach
 from fxquant.schemes import Scheme, choose_scheme, parse_scheme
 from fxquant.sites import Site
 
-# Why a kind other than linear stays float; the docs print this table.
+# Why a kind stays float that has neither a scheme nor a kernel (passes/fuse); the docs print this table.
 FLOAT_KINDS = {
-    "attention.qk": "attention keeps float accuracy: there is no quantized QKᵀ kernel yet",
-    "attention.pv": "attention keeps float accuracy: there is no quantized PV kernel yet",
-    "softmax": "softmax keeps float accuracy: there is no quantized softmax kernel yet",
     "layer_norm": "norms keep float accuracy",
     "rms_norm": "norms keep float accuracy",
-    "gelu": "GELU keeps float accuracy; next to a quantized linear it is fused into its epilogue",
     "silu": "SiLU keeps float accuracy; next to a quantized linear it is fused into its epilogue",
     "matmul": "a product of two activations, or of a weight that is no matrix: there is no quantized kernel for it yet",
     "embedding": "embedding look-ups are not quantized yet",

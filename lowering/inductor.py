@@ -6,7 +6,7 @@ residual, casts) while the tile is hot. Only this file registers with Inductor.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +15,9 @@ import sympy
 import torch
 
 from fxquant._compat import Inductor
+from fxquant.reference.rows import ERF as GELU_ERF
+from fxquant.reference.rows import GELU_END
+from fxquant.reference.rows import TANH as GELU_TANH
 
 TILE_ROWS, TILE_COLUMNS = 96, 64  # FXQUANT_TILE_ROWS and FXQUANT_TILE_COLUMNS of linear.h
 _DECLARATIONS = Path(__file__).parent / "cpu" / "linear.h"
@@ -78,6 +81,26 @@ def register() -> None:
         layout = inductor.fixed_layout(x.get_device(), torch.float32, [m, sympy.Integer(out_features)])
         made = template(inputs, layout, weight_bits, act_bits)
         return inductor.view(inductor.template_output(made), [*lead, out_features])
+
+    @inductor.register_lowering(torch.ops.fxquant.gelu.default, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+    def gelu(x: Any, tanh: bool) -> Any:
+        load, coefficients = x.make_loader(), GELU_TANH if tanh else GELU_ERF
+        return inductor.pointwise(x, lambda index: _gelu(inductor.ops, load(index), coefficients))
+
+
+def _gelu(ops: Any, x: Any, coefficients: Sequence[float]) -> Any:
+    """reference.rows.gelu, operation for operation."""
+
+    def number(value: float) -> Any:
+        return ops.constant(value, torch.float32)
+
+    a = ops.minimum(ops.abs(x), number(GELU_END))
+    p = number(coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        p = ops.add(ops.mul(p, a), number(c))
+    for _ in range(3):
+        p = ops.mul(p, p)
+    return ops.sub(ops.maximum(x, number(0.0)), ops.mul(a, p))
 
 
 def _template_class(inductor: Inductor) -> Any:

@@ -111,6 +111,7 @@ _CHECKS: dict[object, Callable[[fx.Node], bool]] = {
     aten.layer_norm: _norm,
     aten.rms_norm: _norm,
     aten.gelu: _always,
+    torch.ops.fxquant.gelu: _always,
     aten.silu: _always,
     aten.relu: _always,
     aten.add: _sum_or_product,

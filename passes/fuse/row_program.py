@@ -109,6 +109,8 @@ def _instruction(node: fx.Node, program: RowProgram, held: Mapping[fx.Node, int]
     if packet == aten.gelu:
         op = Op.GELU_TANH if node.kwargs.get("approximate") == "tanh" else Op.GELU_ERF
         return [op, dst, a, 0, -1, -1, -1]
+    if packet == torch.ops.fxquant.gelu:
+        return [Op.GELU_TANH if node.args[1] else Op.GELU_ERF, dst, a, 0, -1, -1, -1]
     if packet in (aten.silu, aten.relu):
         return [Op.SILU if packet == aten.silu else Op.RELU, dst, a, 0, -1, -1, -1]
     is_add = packet == aten.add

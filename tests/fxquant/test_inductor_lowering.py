@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
+import fxquant
+from fxquant.reference import rows
+from fxquant.reference.rows import GELU_END
+
 W8A8: dict[str, Any] = {"scheme": "w8a8"}
 
 
@@ -29,10 +33,28 @@ def both(model: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Tensor, str]
 def test_bias_and_gelu_are_fused_into_the_kernel() -> None:
     linear = nn.Linear(64, 50)
     got, plain, code = both(lambda x: nn.functional.gelu(linear(x)), torch.randn(7, 64))
-    assert torch.allclose(got, plain, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(got, plain, rtol=1e-6, atol=5e-7)
     assert code.count("fxquant_linear_tile(") == 2  # its declaration and its one call
     (kernel,) = [part for part in code.split("async_compile.cpp") if "#pragma omp for" in part]
-    assert "erf" in kernel
+    assert str(GELU_END) in kernel
+    assert "erf(" not in kernel
+
+
+@pytest.mark.parametrize(("approximate", "bound"), [("none", 2e-7), ("tanh", 5e-7)])
+def test_gelu_is_the_reference_polynomial_and_float_accurate(approximate: str, bound: float) -> None:
+    x = torch.cat([torch.linspace(-20, 20, 100_003), torch.tensor([0.0, -0.0, 1e-30, 1e30, float("inf"), float("-inf")])])
+    compiled = torch.compile(lambda x: nn.functional.gelu(x, approximate=approximate), backend="fxquant")
+    with torch.no_grad():
+        y = compiled(x)
+        assert compiled(torch.tensor([float("nan"), 1.0])).isnan().tolist() == [True, False]
+    exact = nn.functional.gelu(x.double(), approximate=approximate)
+    finite = x.isfinite()
+    assert ((y - exact).abs() / exact.abs().clamp_min(1))[finite].max() <= bound
+    assert torch.equal(y[finite], rows.gelu(x, rows.TANH if approximate == "tanh" else rows.ERF)[finite])
+    assert y[-2] == float("inf")
+    assert abs(y[-1]) <= bound
+    site = fxquant.report(compiled).sites[0]
+    assert (site.kernel, site.error_class) == ("gelu", "REAL")
 
 
 def test_a_residual_is_fused_into_the_kernel() -> None:

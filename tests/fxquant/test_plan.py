@@ -2,6 +2,7 @@ import pytest
 
 from fxquant.config import FxQuantConfig
 from fxquant.errors import ConfigError
+from fxquant.passes.fuse import FUSIONS
 from fxquant.plan import FLOAT_KINDS, Decision, Plan, refuse_patterns, resolve_scheme, setting_for, unmatched_patterns
 from fxquant.schemes import SCHEMES
 from fxquant.sites import KINDS, Site, clean_source
@@ -38,9 +39,8 @@ def test_auto_by_instruction_set() -> None:
     assert resolve_scheme("float", "avx2") == "the options ask for float"
 
 
-def test_every_kind_but_linear_has_its_sentence() -> None:
-    kinds = {*KINDS.values(), "region", "attention.qk", "attention.pv"} - {"linear", "attention"}
-    assert kinds == set(FLOAT_KINDS)
+def test_every_kind_without_a_kernel_has_its_sentence() -> None:
+    assert {*KINDS.values(), "region"} - {"linear", *FUSIONS} == set(FLOAT_KINDS)
 
 
 def test_plan_is_a_mapping_that_can_refuse() -> None:
