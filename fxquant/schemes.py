@@ -74,7 +74,9 @@ def parse_scheme(name: str) -> Scheme:
     if match[2] is None:
         return known[base]
     if base not in STREAMED:
-        raise ConfigError(f"scheme {name!r}: {base} has one weight scale an output channel; groups go with {', '.join(STREAMED)}")
+        raise ConfigError(
+            f"scheme {name!r}: {base} has one weight scale an output channel; groups go with {', '.join(STREAMED)}"
+        )
     if int(match[2]) not in GROUPS:
         raise ConfigError(f"scheme {name!r}: no kernel has groups of {match[2]}; use {', '.join(map(str, GROUPS))}")
     return Scheme(known[base].weight_bits, known[base].act_bits, int(match[2]))

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from fxquant.errors import PackError
 from fxquant.lowering.pack import Codes, check_weight
 from fxquant.reference import quantize_weight_groups
 from fxquant.schemes import Scheme

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-
-
 import torch
 from torch import Tensor
+
 from fxquant import reference
 from fxquant.ops.library import LIBRARY, define
 

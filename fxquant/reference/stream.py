@@ -75,4 +75,5 @@ def float_tolerance(x: Tensor, codes: Tensor, scale: Tensor, bits: int, group: i
     room for the codes' bias (kernels add x (q + 2^(b-1)) and take the sum of x out again)."""
     magnitude = (codes.to(torch.float64).abs() + 2 ** (bits - 1)) * spread(scale, codes.shape[1], group).to(torch.float64)
     steps = codes.shape[1] ** 0.5 + 8
-    return torch.finfo(torch.float32).eps * steps * (x.to(torch.float64).abs() @ magnitude.T)
+    bound: Tensor = torch.finfo(torch.float32).eps * steps * (x.to(torch.float64).abs() @ magnitude.T)
+    return bound
