@@ -106,9 +106,7 @@ def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequenc
     return Planned(Plan(tuple(decisions)), nodes, slots, packed, verdicts)
 
 
-def _calibrated(
-    site: Site, scheme: Scheme, weight: fx.Node, config: FxQuantConfig
-) -> tuple[StaticQParams | None, str | None]:
+def _calibrated(site: Site, scheme: Scheme, weight: fx.Node, config: FxQuantConfig) -> tuple[StaticQParams | None, str | None]:
     """The static qparams of a site, or None and (where a calibration was given) the sentence why it stays dynamic."""
     if config.calibration is None or scheme.is_weight_only:
         return None, None

@@ -1,4 +1,4 @@
-"""fxquant::linear_dynamic and linear_static inside Inductor: a template around the library's tile kernels, with Inductor's own epilogue.
+"""The low-bit linears inside Inductor: a template around the library's tile kernels, with Inductor's own epilogue.
 
 The generated kernel quantizes the rows, then walks over output tiles: the library writes an L1-sized tile of
 dequantized sums, and the loops that Inductor generates add the bias and whatever pointwise work it fused (GELU,

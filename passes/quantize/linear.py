@@ -39,9 +39,7 @@ def conditions(x: fx.Node, weight: fx.Node) -> Iterator[tuple[str, bool]]:
     yield f"at most {MAX_K} input features keep the int32 sums exact", int(w_val.shape[1]) <= MAX_K
 
 
-def add_static_inputs(
-    graph: fx.Graph, slots: Iterable[Slot], fake_mode: FakeTensorMode
-) -> dict[Slot, tuple[fx.Node, fx.Node]]:
+def add_static_inputs(graph: fx.Graph, slots: Iterable[Slot], fake_mode: FakeTensorMode) -> dict[Slot, tuple[fx.Node, fx.Node]]:
     """Graph inputs for the steps and the zero point of every static slot."""
     made: dict[Slot, tuple[fx.Node, fx.Node]] = {}
     for slot in slots:
@@ -68,44 +66,39 @@ def quantize_linear(
     assert isinstance(weight, fx.Node)
     out_dtype = node.meta["val"].dtype
     with node.graph.inserting_before(node):
-        operands = [_cast(x, torch.float32, fake_mode), _cast(weight, torch.float32, fake_mode)]
+        x, weight = _cast(x, torch.float32, fake_mode), _cast(weight, torch.float32, fake_mode)
         if static is not None:
-            operands = _fake_quant_static(*operands, *static, scheme, node, fake_mode)
+            x, weight = _fake_quant_static(x, weight, static, scheme, node, fake_mode)
         else:
-            operands = _fake_quant(*operands, scheme, node, fake_mode)
+            x, weight = _fake_quant(x, weight, scheme, node, fake_mode)
         bias = _cast(bias, torch.float32, fake_mode) if isinstance(bias, fx.Node) else None
-        linear = _call(aten.linear.default, (operands[0], operands[1], bias), node, fake_mode)
+        linear = _call(aten.linear.default, (x, weight, bias), node, fake_mode)
         result = _cast(linear, out_dtype, fake_mode)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
     return linear
 
 
-def _fake_quant(x: fx.Node, weight: fx.Node, scheme: Scheme, like: fx.Node, fake_mode: FakeTensorMode) -> list[fx.Node]:
+def _fake_quant(
+    x: fx.Node, weight: fx.Node, scheme: Scheme, like: fx.Node, fake_mode: FakeTensorMode
+) -> tuple[fx.Node, fx.Node]:
     fxq = torch.ops.fxquant
     if not scheme.is_weight_only:
         x = _call(fxq.fake_quant_per_token.default, (x, scheme.act_bits), like, fake_mode)
     if scheme.group:
-        weight = _call(fxq.fake_quant_per_group.default, (weight, scheme.weight_bits, scheme.group), like, fake_mode)
-    else:
-        weight = _call(fxq.fake_quant_per_channel.default, (weight, scheme.weight_bits), like, fake_mode)
-    return [x, weight]
+        args = (weight, scheme.weight_bits, scheme.group)
+        return x, _call(fxq.fake_quant_per_group.default, args, like, fake_mode)
+    return x, _call(fxq.fake_quant_per_channel.default, (weight, scheme.weight_bits), like, fake_mode)
 
 
 def _fake_quant_static(
-    x: fx.Node,
-    weight: fx.Node,
-    steps: fx.Node,
-    zero_point: fx.Node,
-    scheme: Scheme,
-    like: fx.Node,
-    fake_mode: FakeTensorMode,
-) -> list[fx.Node]:
-    fxq = torch.ops.fxquant
+    x: fx.Node, weight: fx.Node, static: tuple[fx.Node, fx.Node], scheme: Scheme, like: fx.Node, fake_mode: FakeTensorMode
+) -> tuple[fx.Node, fx.Node]:
+    fxq, (steps, zero_point) = torch.ops.fxquant, static
     x = _call(fxq.fake_quant_static.default, (x, steps, zero_point, scheme.act_bits), like, fake_mode)
     scaled = _call(aten.mul.Tensor, (weight, steps), like, fake_mode)
     rounded = _call(fxq.fake_quant_per_channel.default, (scaled, scheme.weight_bits), like, fake_mode)
-    return [x, _call(aten.div.Tensor, (rounded, steps), like, fake_mode)]
+    return x, _call(aten.div.Tensor, (rounded, steps), like, fake_mode)
 
 
 def _cast(node: fx.Node, dtype: torch.dtype, fake_mode: FakeTensorMode) -> fx.Node:
