@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import fx
 
 from fxquant import ops
 from fxquant._compat import DYNAMO_CONTROL_FLOW, FakeTensorMode, check_torch, compile_fx, frame_values
-from fxquant.binding import Binder, Packed, Program, Slot, positions_getter
+from fxquant.binding import Binder, Packed, Program, Slot, leading_inputs, positions_getter
 from fxquant.capture import Captured, capture
 from fxquant.config import FxQuantConfig, environment, resolve_options
-from fxquant.errors import FloatFallbackWarning, GradModeWarning, KernelBuildError
+from fxquant.errors import CalibrationError, FloatFallbackWarning, GradModeWarning, KernelBuildError
 from fxquant.lowering.cpu.build import load_library
 from fxquant.lowering.inductor import register
 from fxquant.lowering.isa import current_isa
@@ -29,7 +29,7 @@ from fxquant.passes.fuse import FUSIONS
 from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.fuse.linear import fuse_linears
 from fxquant.passes.fuse.rows import fuse_rows
-from fxquant.passes.quantize.linear import quantize_linear
+from fxquant.passes.quantize.linear import add_static_inputs, quantize_linear
 from fxquant.passes.recognise import recognise
 from fxquant.passes.verify import verify
 from fxquant.plan import names_absent_weight, refuse_patterns, unmatched_patterns
@@ -55,6 +55,7 @@ def fxquant(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: objec
 
     Raises:
         ConfigError: an option, a scheme, a pattern, the mode or an environment variable is wrong.
+        CalibrationError: the calibration's file cannot be read, or is that of another model.
         UnsupportedTorchError: this torch release was never tested (``try_unsupported_torch`` goes on).
     """
     config = resolve_options(options, mode)
@@ -151,6 +152,7 @@ def plan(captured: Captured, args: Sequence[Any], graph: CompiledGraph, dry_run:
     with graph.stage("plan", captured.gm):
         planned = make_plan(captured.gm, graph.config, graph.isa, args, dry_run)
         _check_patterns(tuple(decision.site for decision in planned.plan.decisions), args, graph)
+        _check_calibration(planned, graph)
     graph.set_plan(planned)
     log_plan.info("%s:\n%s", graph.record.place, planned.plan)
     return planned
@@ -166,6 +168,23 @@ def _check_patterns(sites: tuple[Site, ...], args: Sequence[Any], graph: Compile
     refuse_patterns((p for p in unmatched if not names_absent_weight(p, within_reach, present)), sites)
 
 
+def _check_calibration(planned: Planned, graph: CompiledGraph) -> None:
+    """A calibration with no site of the graph is that of another model, unless this graph is only a part of one."""
+    calibration, names = graph.config.calibration, planned.could_be_static
+    if calibration is None or not names or graph.is_partial or tracker().has_partial(graph.config):
+        return
+    if not any(name in calibration.sites for name in names):
+        raise CalibrationError(
+            f"a calibration of another model: it knows {_some(calibration.sites)}, and this graph has {_some(names)}; "
+            "calibrate the module or function that is compiled"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(dict.fromkeys(names))
+    return ", ".join(map(repr, first[:3])) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
+
+
 @dataclass(frozen=True)
 class _Lowered:
     gm: fx.GraphModule
@@ -178,8 +197,9 @@ def _lower(captured: Captured, planned: Planned, chains: bool, graph: CompiledGr
     gm, copies = _copy_graph(captured.gm)
     stage = graph.stage if graph is not None else _untimed
     with stage("quantize", gm):
+        static = add_static_inputs(gm.graph, planned.slots.values(), captured.fake_mode)
         linears = {
-            quantize_linear(copies[planned.nodes[site]], slot.scheme, captured.fake_mode): slot
+            quantize_linear(copies[planned.nodes[site]], slot.scheme, captured.fake_mode, static.get(slot)): slot
             for site, slot in planned.slots.items()
         }
         verify(gm, "quantize")
@@ -217,7 +237,7 @@ def _generate(lowered: _Lowered, packed: Mapping[str, Packed], args: Sequence[An
         if graph.config.codegen == "ops":
             return Program(lowered.gm.forward, lowered.slots, lowered.kept)
         register()
-        inputs = [*(packed[slot.site].blob for slot in lowered.slots), *(args[i] for i in lowered.kept)]
+        inputs = [*leading_inputs(lowered.slots, packed), *(args[i] for i in lowered.kept)]
         with torch.no_grad():
             run = compile_fx(lowered.gm, inputs, cache_salt(graph.isa, graph.config.inductor))
         return Program(run, lowered.slots, lowered.kept)

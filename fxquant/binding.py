@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant._compat import FakeTensorMode
+from fxquant.calibration.qparams import StaticQParams
 from fxquant.schemes import Scheme
 
 
@@ -47,17 +49,18 @@ class Packed:
 
 @dataclass(frozen=True)
 class Slot:
-    """One packed graph input: where its weight comes from and how it is coded."""
+    """One packed graph input: where its weight comes from and how it is coded; ``static`` is set for a static scheme."""
 
     site: str
     weight: FrozenValue
     scheme: Scheme
     pack: Callable[[Tensor, Scheme], Packed]
+    static: StaticQParams | None = None
 
 
 @dataclass(frozen=True)
 class Program:
-    """One lowered graph: its callable, its packed inputs (which come first) and the positions of the user's inputs."""
+    """One lowered graph: its callable, its own inputs (``leading_inputs``) and the positions of the user's inputs."""
 
     run: Callable[..., Any]
     slots: tuple[Slot, ...]
@@ -110,12 +113,11 @@ class Binder:
             stamp = _stamp(watched)
             packed = {s.site: (ready or {}).get(s.site) or s.pack(s.weight(args), s.scheme) for s in self._program.slots}
             program = self._program_for({site: p.reason for site, p in packed.items() if p.reason is not None})
-            blobs = tuple(packed[slot.site].blob for slot in program.slots)
             key = tuple(map(id, watched))
             entry = _Entry(
                 stamp=stamp,
                 program=program,
-                packed=tuple(blob for blob in blobs if blob is not None),
+                packed=leading_inputs(program.slots, packed),
                 keep=positions_getter(program.kept),
                 aliases=[tensor.detach() for tensor in watched],
                 owners=[weakref.ref(tensor, lambda _: self._entries.pop(key, None)) for tensor in watched],
@@ -133,7 +135,7 @@ class Binder:
     @property
     def resident_bytes(self) -> int:
         """Bytes of all packed weights that this graph holds."""
-        return sum(blob.numel() for entry in self._entries.values() for blob in entry.packed)
+        return sum(blob.nbytes for entry in self._entries.values() for blob in entry.packed)
 
     def _program_for(self, reasons: dict[str, str]) -> Program:
         if not reasons:
@@ -142,6 +144,30 @@ class Binder:
         if key not in self._variants:
             self._variants[key] = self._variant(reasons)
         return self._variants[key]
+
+
+def leading_inputs(slots: Sequence[Slot], packed: Mapping[str, Packed]) -> tuple[Tensor, ...]:
+    """What a graph reads before the user's inputs: steps and zero point of each static slot, then every packed weight."""
+    static = [value for slot in slots if slot.static is not None for value in slot.static.inputs]
+    blobs = [packed[slot.site].blob for slot in slots]
+    return (*static, *(blob for blob in blobs if blob is not None))
+
+
+def add_input(graph: fx.Graph, name: str, value: Tensor, fake_mode: FakeTensorMode) -> fx.Node:
+    """A new input of a graph that stands before the user's own, after those added earlier."""
+    with graph.inserting_before(own_inputs(graph)[0]):
+        node = graph.placeholder(name)
+    node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node.meta["fxquant_name"] = name
+    node.meta["fxquant_added"] = True
+    node._dynamo_source = None
+    return node
+
+
+def own_inputs(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs that a graph had from the start, in order."""
+    return [node for node in graph.find_nodes(op="placeholder") if not node.meta.get("fxquant_added")]
 
 
 def positions_getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from fxquant.calibration.calibration import Calibration
 from fxquant.errors import ConfigError
 from fxquant.schemes import check_setting
 
@@ -38,6 +39,7 @@ class FxQuantConfig(BaseModel):
 
     Raises:
         ConfigError: a key, a scheme or a value is wrong; the message names the nearest valid one.
+        CalibrationError: the file of the calibration cannot be read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -45,6 +47,7 @@ class FxQuantConfig(BaseModel):
     scheme: str = Field("auto", description="of every linear: auto, float or w<bits>a<bits>[-g<size>], such as w8a7")
     sites: dict[str, str] = Field({}, description="site or parameter pattern → scheme; the first match wins")
     attention: Literal["auto", "off"] = Field("auto", description="off: keep scaled_dot_product_attention of PyTorch")
+    calibration: Calibration | None = Field(None, description="static activation ranges: a Calibration or its file")
     codegen: Literal["inductor", "ops"] = Field("inductor", description="ops: run the graph without Inductor")
     chains: bool = Field(False, description="run linears and the row-wise work around them as one fxquant::rows")
     assume_inference: bool = Field(False, description="quantize although gradients are enabled; outputs have none")
@@ -56,6 +59,8 @@ class FxQuantConfig(BaseModel):
         for key in values:
             if key not in type(self).model_fields:
                 raise ConfigError(f"unknown option {key!r}; {_nearest(key, type(self).model_fields)}")
+        if isinstance(values.get("calibration"), (str, Path)):
+            values["calibration"] = Calibration.load(values["calibration"])
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -6,6 +6,7 @@ operator that ``passes/fuse/linear.py`` writes; nothing else in the pipeline kno
 | format | schemes | operator | what a weight becomes |
 |---|---|---|---|
 | panel | 4- to 8-bit weights and activations | linear_dynamic | int8, 16 columns side by side, with its accumulation schedule |
+| static | the same, with static activations | linear_static | the same, of the weight times the step of each input channel |
 | stream | weight-only and grouped | linear_stream | 2, 4 or 8 bits in the order in which the kernel reads them |
 | lut | 2-bit weights, 2- to 6-bit activations | linear_lut | two bit planes, four k to an index of a 16-entry table |
 """
@@ -26,7 +27,8 @@ class LinearFormat:
     """One packed format.
 
     ``pack(codes int8 [N, K], scale float32 [N] or [N, G], scheme)`` makes the uint8 vector of ``packed_bytes(N, K, scheme)``;
-    ``operator`` is the fxquant:: name, called with (x, packed, bias, out_features, *``extra(scheme)``).
+    ``operator`` is the fxquant:: name, called with (x, packed, bias, out_features, *``extra(scheme)``); a static one takes
+    the steps and the zero point after the bias.
     """
 
     name: str
@@ -74,6 +76,14 @@ LUT = LinearFormat(
     packed_bytes=lambda n, k, scheme: ops.packed_lut_bytes(n, k),
     extra=lambda scheme: (scheme.act_bits,),
 )
+STATIC = LinearFormat(
+    name="static",
+    operator="linear_static",
+    takes=lambda scheme: scheme.static,
+    pack=_pack_panel,
+    packed_bytes=lambda n, k, scheme: ops.packed_bytes(n, k, scheme.weight_bits, scheme.act_bits),
+    extra=lambda scheme: (scheme.weight_bits, scheme.act_bits),
+)
 PANEL = LinearFormat(
     name="panel",
     operator="linear_dynamic",
@@ -82,7 +92,7 @@ PANEL = LinearFormat(
     packed_bytes=lambda n, k, scheme: ops.packed_bytes(n, k, scheme.weight_bits, scheme.act_bits),
     extra=lambda scheme: (scheme.weight_bits, scheme.act_bits),
 )
-FORMATS = (STREAM, LUT, PANEL)
+FORMATS = (STATIC, STREAM, LUT, PANEL)
 
 
 def format_of(scheme: Scheme) -> LinearFormat:

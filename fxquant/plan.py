@@ -30,6 +30,7 @@ FLOAT_KINDS = {
 class Decision:
     """What happens at one site: a scheme, or a reason (one sentence) why it stays float.
 
+    With a scheme, the reason is why it is not static although there is a calibration.
     ``kernel`` is the fxquant:: operator that computes the site (None: the operator that the graph had), ``error_class``
     that of the change. The scheme of a site that is no linear is a name.
     """

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxquant._compat import size_hint
 from fxquant.binding import Packed, Slot, frozen_value
+from fxquant.calibration.qparams import StaticQParams
 from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
-from fxquant.linear_formats import format_of
+from fxquant.linear_formats import PANEL, STATIC, format_of
 from fxquant.lowering.pack import pack_codes, round_weight, weight_error
 from fxquant.lowering.timings import Timing, linear_timing
 from fxquant.passes.fuse import FUSIONS
@@ -44,6 +46,11 @@ class Planned:
     verdicts: Mapping[fx.Node, Verdict] = field(default_factory=dict)
 
     @property
+    def could_be_static(self) -> list[str]:
+        """The taken linears whose scheme has a static form."""
+        return [name for name, slot in self.slots.items() if format_of(slot.scheme) in (PANEL, STATIC)]
+
+    @property
     def changes_nothing(self) -> bool:
         return not self.slots and not self.verdicts
 
@@ -64,7 +71,7 @@ def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequenc
     nodes: dict[str, fx.Node] = {}
     slots: dict[str, Slot] = {}
     packed: dict[str, Packed] = {}
-    known: dict[tuple[fx.Node, Scheme], Slot] = {}
+    known: dict[tuple[fx.Node, Scheme, StaticQParams | None], Slot] = {}
     verdicts: dict[fx.Node, Verdict] = {}
     for node, sites in find_sites(gm.graph).items():
         nodes.update({site.name: node for site in sites})
@@ -81,19 +88,33 @@ def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequenc
                 continue
             weight = node.args[1]
             assert isinstance(weight, fx.Node)
-            slot = known.get((weight, verdict))
+            static, sentence = _calibrated(site, verdict, weight, config)
+            scheme = replace(verdict, static=static is not None)
+            slot = known.get((weight, scheme, static))
             if slot is None:
                 guarded = setting_for(site, config) == "auto"
-                slot = Slot(site.name, frozen_value(weight), verdict, Packer(guarded, dry_run))
-                known[weight, verdict] = slot
-                packed[site.name] = slot.pack(slot.weight(args), verdict)
+                slot = Slot(site.name, frozen_value(weight), scheme, Packer(guarded, dry_run, static), static)
+                known[weight, scheme, static] = slot
+                packed[site.name] = slot.pack(slot.weight(args), scheme)
             result = packed[slot.site]
             if result.reason is not None:
                 decisions.append(Decision(site, reason=result.reason))
             else:
-                decisions.append(Decision(site, verdict, kernel=format_of(verdict).operator, error_class="QUANTIZED"))
+                kernel = format_of(scheme).operator
+                decisions.append(Decision(site, scheme, sentence, kernel=kernel, error_class="QUANTIZED"))
                 slots[site.name] = slot
     return Planned(Plan(tuple(decisions)), nodes, slots, packed, verdicts)
+
+
+def _calibrated(site: Site, scheme: Scheme, weight: fx.Node, config: FxQuantConfig) -> tuple[StaticQParams | None, str | None]:
+    """The static qparams of a site, or None and (where a calibration was given) the sentence why it stays dynamic."""
+    if config.calibration is None or scheme.is_weight_only:
+        return None, None
+    if format_of(scheme) is not PANEL:
+        return None, f"dynamic: {scheme} has no kernel with static activations"
+    n, k = weight.meta["val"].shape
+    found = config.calibration.find(site.name, str(scheme), (int(n), int(k)))
+    return (None, found) if isinstance(found, str) else (found, None)
 
 
 def _decide_other(node: fx.Node, sites: tuple[Site, ...], config: FxQuantConfig, isa: str) -> Verdict | None:
@@ -122,13 +143,19 @@ def float_plan(gm: fx.GraphModule, reason: str) -> Planned:
 
 @dataclass(frozen=True)
 class Packer:
-    """Packs a weight, or says why it cannot be: not finite, or (``guarded``) rounded too coarsely."""
+    """Packs a weight, or says why it cannot be: not finite, or (``guarded``) rounded too coarsely.
+
+    With ``static`` activations it is the weight times their steps that is packed.
+    """
 
     guarded: bool
     dry_run: bool = False
+    static: StaticQParams | None = None
 
     def __call__(self, weight: Tensor, scheme: Scheme) -> Packed:
         """The packed weight of shape [out_features, in_features] or a reason."""
+        if self.static is not None:
+            weight = weight.to(torch.float32) * self.static.steps
         try:
             rounded = round_weight(weight, scheme)
         except PackError as problem:

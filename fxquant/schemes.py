@@ -1,8 +1,8 @@
 """Schemes: how the operands of a linear are coded. The grammar is ``w<weight bits>a<activation bits>[-g<group size>]``.
 
 Weights are symmetric, ±(2^(w-1) - 1), with one scale an output channel, or (``-g``) one a group of neighbouring input
-features, the last of which may be shorter. Activations are affine, 0 .. 2^a - 1, per token and dynamic; ``a16`` leaves them
-in the model's float type.
+features, the last of which may be shorter. Activations are affine, 0 .. 2^a - 1, per token and dynamic, or static per input
+channel where a calibration gives the ranges; ``a16`` leaves them in the model's float type.
 
 | bits | weight code | activation code |
 |---|---|---|
@@ -58,9 +58,11 @@ class Scheme:
     weight_bits: int
     act_bits: int
     group: int = 0
+    static: bool = False
 
     def __str__(self) -> str:
-        return f"w{self.weight_bits}a{self.act_bits}" + (f"-g{self.group}" if self.group else "")
+        name = f"w{self.weight_bits}a{self.act_bits}" + (f"-g{self.group}" if self.group else "")
+        return f"{name} static" if self.static else name
 
     @property
     def is_weight_only(self) -> bool:

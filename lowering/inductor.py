@@ -1,4 +1,4 @@
-"""fxquant::linear_dynamic inside Inductor: a template around the library's tile kernels, with Inductor's own epilogue.
+"""The low-bit linears inside Inductor: a template around the library's tile kernels, with Inductor's own epilogue.
 
 The generated kernel quantizes the rows, then walks over output tiles: the library writes an L1-sized tile of
 dequantized sums, and the loops that Inductor generates add the bias and whatever pointwise work it fused (GELU,
@@ -43,8 +43,13 @@ extern "C" {{export}}
         {{kernel.define_stack_allocated_buffer("acc", [ROWS, COLUMNS], torch.float)}}
         #pragma omp for schedule(static)
         for (int64_t row = 0; row < M; row += rows) {
+{%- if static %}
+            fxquant_quantize_rows_static(X, K, row, std::min(row + rows, M), K, {{weight_bits}}, {{act_bits}},
+                                         S, Z, scratch.get(), M);
+{%- else %}
             fxquant_quantize_rows(
                 X, K, row, std::min(row + rows, M), K, {{weight_bits}}, {{act_bits}}, scratch.get(), M);
+{%- endif %}
         }
         #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < down * across; tile++) {
@@ -65,50 +70,65 @@ extern "C" {{export}}
 def register() -> None:
     """Teach Inductor the fxquant:: operators. Idempotent: a lowering table entry can be set once only."""
     inductor = Inductor.load()
-    op = torch.ops.fxquant.linear_dynamic.default
     template = _template_class(inductor)
+    for name in ("linear_dynamic", "linear_static"):
+        op = getattr(torch.ops.fxquant, name).default
+        inductor.register_lowering(op, type_promotion_kind=None)(_linear(inductor, op, template))
+    inductor.register_lowering(torch.ops.fxquant.gelu.default, type_promotion_kind=None)(_gelu(inductor))
 
-    @inductor.register_lowering(op, type_promotion_kind=None)  # type: ignore[untyped-decorator]
-    def linear_dynamic(x: Any, packed: Any, bias: Any, out_features: int, weight_bits: int, act_bits: int) -> Any:
+
+def _linear(inductor: Inductor, op: Any, template: Any) -> Callable[..., Any]:
+    """The lowering of one linear; ``rest`` are steps and zero point of a static one, then out_features and both widths."""
+
+    def lower(x: Any, packed: Any, bias: Any, *rest: Any) -> Any:
+        *static, out_features, weight_bits, act_bits = rest
         if x.get_device().type != "cpu" or inductor.graph().cpp_wrapper:
-            return inductor.fallback_handler(op)(x, packed, bias, out_features, weight_bits, act_bits)
+            return inductor.fallback_handler(op)(x, packed, bias, *rest)
         *lead, k = x.get_size()
+        if static and static[0].get_size() != [k]:  # one step for all channels: the operator spreads it
+            return inductor.fallback_handler(op)(x, packed, bias, *rest)
         m = sympy.Mul(*lead)
-        rows = inductor.realize_contiguous(inductor.view(x, [m, k]))
-        inputs = [rows, inductor.realize(packed)]
+        inputs = {"X": inductor.realize_contiguous(inductor.view(x, [m, k])), "W": inductor.realize(packed)}
+        inputs |= {name: inductor.realize_contiguous(value) for name, value in zip("SZ", static, strict=False)}
         if bias is not None:
-            inputs.append(inductor.realize_contiguous(bias))
+            inputs["B"] = inductor.realize_contiguous(bias)
         layout = inductor.fixed_layout(x.get_device(), torch.float32, [m, sympy.Integer(out_features)])
         made = template(inputs, layout, weight_bits, act_bits)
         return inductor.view(inductor.template_output(made), [*lead, out_features])
 
-    @inductor.register_lowering(torch.ops.fxquant.gelu.default, type_promotion_kind=None)  # type: ignore[untyped-decorator]
-    def gelu(x: Any, tanh: bool) -> Any:
-        load, coefficients = x.make_loader(), GELU_TANH if tanh else GELU_ERF
-        return inductor.pointwise(x, lambda index: _gelu(inductor.ops, load(index), coefficients))
+    return lower
 
 
-def _gelu(ops: Any, x: Any, coefficients: Sequence[float]) -> Any:
-    """reference.rows.gelu, operation for operation."""
+def _gelu(inductor: Inductor) -> Callable[..., Any]:
+    """The lowering of GELU: reference.rows.gelu, operation for operation."""
+    ops = inductor.ops
 
     def number(value: float) -> Any:
         return ops.constant(value, torch.float32)
 
-    a = ops.minimum(ops.abs(x), number(GELU_END))
-    p = number(coefficients[-1])
-    for c in reversed(coefficients[:-1]):
-        p = ops.add(ops.mul(p, a), number(c))
-    for _ in range(3):
-        p = ops.mul(p, p)
-    return ops.sub(ops.maximum(x, number(0.0)), ops.mul(a, p))
+    def value(x: Any, coefficients: Sequence[float]) -> Any:
+        a = ops.minimum(ops.abs(x), number(GELU_END))
+        p = number(coefficients[-1])
+        for c in reversed(coefficients[:-1]):
+            p = ops.add(ops.mul(p, a), number(c))
+        for _ in range(3):
+            p = ops.mul(p, p)
+        return ops.sub(ops.maximum(x, number(0.0)), ops.mul(a, p))
+
+    def lower(x: Any, tanh: bool) -> Any:
+        load = x.make_loader()
+        return inductor.pointwise(x, lambda index: value(load(index), GELU_TANH if tanh else GELU_ERF))
+
+    return lower
 
 
 def _template_class(inductor: Inductor) -> Any:
     """The CppTemplate subclass; made here because Inductor must not be imported before a lowering runs."""
 
     class LinearTemplate(inductor.CppTemplate):  # type: ignore[misc, name-defined]
-        def __init__(self, inputs: list[Any], layout: Any, weight_bits: int, act_bits: int) -> None:
-            super().__init__("fxquant_linear", inputs, layout, inductor.threads())
+        def __init__(self, inputs: dict[str, Any], layout: Any, weight_bits: int, act_bits: int) -> None:
+            super().__init__("fxquant_linear", list(inputs.values()), layout, inductor.threads())
+            self.names = tuple(inputs)
             self.bits = (weight_bits, act_bits)
 
         def render(
@@ -118,8 +138,8 @@ def _template_class(inductor: Inductor) -> Any:
             flag_template_buffer_has_other_users: bool,
             epilogue_nodes: list[Any] | None,
         ) -> str:
-            x, packed, *rest = self.input_nodes
-            bias = rest[0] if rest else None
+            named = dict(zip(self.names, self.input_nodes, strict=True))
+            bias = named.get("B")
             out = template_buffer_node
             gemm_out = inductor.buffer(f"{out.get_name()}_GemmOut", out.layout)
             epilogues = [inductor.pointwise_buffer(out, _bias_add(inductor, gemm_out, bias))]
@@ -133,7 +153,6 @@ def _template_class(inductor: Inductor) -> Any:
                 y = epilogue_nodes[-1]
                 y_2d, reindexers = inductor.gen_2d_view(y, out, epilogue_nodes, reindexers, [None] * len(epilogue_nodes))
             n = int(out.get_size()[1])
-            named = {"X": x, "W": packed} | ({"B": bias} if bias is not None else {})
             with patch.object(inductor.graph(), "get_dtype", self._fake_get_dtype(gemm_out)):
                 return str(
                     self._template_from_string(_SOURCE).render(
@@ -142,6 +161,7 @@ def _template_class(inductor: Inductor) -> Any:
                         declarations=_DECLARATIONS.read_text(),
                         export=inductor.export_declaration(),
                         inputs=named,
+                        static="S" in named,
                         Y=y,
                         Y_2d=y_2d,
                         GemmOut=gemm_out,

@@ -1,12 +1,15 @@
 """The result of a calibration: static qparams of linears by site name, saved as one safetensors file."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from pydantic_core import core_schema
 
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.errors import CalibrationError
@@ -15,6 +18,8 @@ SCHEMA = "fxquant.calibration"
 VERSION = 1
 # A site is coded with static qparams only where that costs at most this much more noise than dynamic ones: 2 dB.
 MOST_NOISE = 10**0.2
+# Below this step weight times step could leave the normal range of float32; only an input that was about zero has it.
+SMALLEST_STEP = 2.0**-80
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,53 @@ class SiteCalibration:
         return self.qparams.noise <= MOST_NOISE * self.qparams.dynamic_noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
-    """Site name → static qparams, with the method and the number of batches behind them."""
+    """Site name → static qparams, with the method and the number of batches behind them.
+
+    Two calibrations with one digest are equal, so it can stand in options, which Dynamo compares::
+
+        calibration = fxquant.calibrate(model, batches, scheme="w8a7")
+        fast = torch.compile(model, backend="fxquant", options={"scheme": "w8a7", "calibration": calibration})
+    """
 
     method: str
     batches: int
     sites: Mapping[str, SiteCalibration]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything in it."""
+        digest = hashlib.sha256(repr((self.method, self.batches)).encode())
+        for name, site in sorted(self.sites.items()):
+            digest.update(repr((name, site.scheme, site.shape, site.qparams.digest)).encode())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Calibration) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """In options a calibration is taken as it is, and printed as one line."""
+        return core_schema.is_instance_schema(cls, serialization=core_schema.to_string_ser_schema())
+
+    def find(self, name: str, scheme: str, shape: tuple[int, int]) -> StaticQParams | str:
+        """The qparams of a site with this scheme and weight shape [N, K], or the sentence why it has to stay dynamic."""
+        site = self.sites.get(name)
+        if site is None:
+            return "dynamic: the calibration has no site of this name"
+        if site.shape != shape:
+            return f"dynamic: the calibration is of a weight of {_times(site.shape)}, this one has {_times(shape)}"
+        if site.scheme != scheme:
+            return f"dynamic: the calibration is of {site.scheme}, not of {scheme}"
+        if float(site.qparams.steps.amin()) < SMALLEST_STEP:
+            return "dynamic: the input was zero in all of the calibration's data"
+        if not site.is_accurate:
+            return "dynamic: static codes would cost more than 2 dB of noise, as predicted from the calibration's data"
+        return site.qparams
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the factors as tensors, everything else as JSON in its metadata."""
@@ -74,6 +119,10 @@ class Calibration:
     def __str__(self) -> str:
         static = sum(site.is_accurate for site in self.sites.values())
         return f"calibration by {self.method} on {self.batches} batches: {static} of {len(self.sites)} linears static"
+
+
+def _times(shape: tuple[int, int]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _to_json(site: SiteCalibration) -> dict[str, Any]:

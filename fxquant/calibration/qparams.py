@@ -10,7 +10,10 @@ predicted noise at the linear's output is taken. The predicted noise is that of 
 squared step) for activations and weights.
 """
 
+import hashlib
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,10 +37,10 @@ class InputStatistics:
     token_range_square: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StaticQParams:
     """Factor [K], scale and zero point of a linear's input, with the noise that is predicted at the output for these and
-    for dynamic quantization per token (mean square, the same unit)."""
+    for dynamic quantization per token (mean square, the same unit). Equal where the digest is."""
 
     factor: Tensor
     scale: float
@@ -45,6 +48,33 @@ class StaticQParams:
     exponent: float
     noise: float
     dynamic_noise: float
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything in it."""
+        values = (self.scale, self.zero_point, self.exponent, self.noise, self.dynamic_noise)
+        return hashlib.sha256(self.factor.contiguous().numpy().tobytes() + repr(values).encode()).hexdigest()
+
+    @property
+    def noise_db(self) -> float | None:
+        """Predicted noise of static against dynamic activations in dB; None where dynamic ones have none."""
+        return 10 * math.log10(self.noise / self.dynamic_noise) if min(self.noise, self.dynamic_noise) > 0 else None
+
+    @cached_property
+    def steps(self) -> Tensor:
+        """The step of every input channel, scale times factor, float32 [K]."""
+        return (self.factor.to(torch.float32) * self.scale).clamp_min(SMALLEST)
+
+    @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """What a static linear reads: steps float32 [K] and zero point int32 [1]."""
+        return self.steps, torch.tensor([self.zero_point], dtype=torch.int32)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StaticQParams) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
 
 def choose_qparams(seen: InputStatistics, weight: Tensor, weight_bits: int, act_bits: int) -> StaticQParams:

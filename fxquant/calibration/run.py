@@ -29,7 +29,7 @@ def run(model: Callable[..., Any], batches: Iterable[Any], scheme: str, method: 
     """What ``fxquant.calibrate`` returns; memory does not grow with the number of batches."""
     if method not in METHODS:
         raise CalibrationError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    config = resolve_options({**_as_dict(options), "scheme": scheme})
+    config = resolve_options({**_as_dict(options), "scheme": scheme, "calibration": None})
     recorder = _Recorder(config)
     target = getattr(model, "_orig_mod", model)
     call = types.FunctionType(_call.__code__.replace(), _call.__globals__)  # a code object of its own for Dynamo's cache
@@ -115,5 +115,5 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _as_dict(options: object) -> dict[str, Any]:
     if isinstance(options, FxQuantConfig):
-        return options.model_dump(exclude_unset=True)
+        return {name: getattr(options, name) for name in options.model_fields_set}
     return dict(options) if isinstance(options, Mapping) else {}

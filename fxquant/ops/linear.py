@@ -65,8 +65,16 @@ def _fake_quant(x: Tensor, bits: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _fake_quant_static(x: Tensor, steps: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return grad, None
+
+
+def _straight_through_static(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return grad, None, None, None
 
 
 define(
@@ -86,5 +94,11 @@ define(
 define("pack_linear(Tensor codes, Tensor scales, int weight_bits, int act_bits) -> Tensor", _pack_linear)
 define("fake_quant_per_token(Tensor x, int bits) -> Tensor", _fake_quant, _straight_through)
 define("fake_quant_per_channel(Tensor w, int bits) -> Tensor", _fake_quant, _straight_through)
+define(
+    "fake_quant_static(Tensor x, Tensor steps, Tensor zero_point, int bits) -> Tensor",
+    _fake_quant_static,
+    _straight_through_static,
+)
+LIBRARY.impl("fake_quant_static", reference.fake_quant_static, "CompositeExplicitAutograd")
 LIBRARY.impl("fake_quant_per_token", reference.fake_quant_per_token, "CompositeExplicitAutograd")
 LIBRARY.impl("fake_quant_per_channel", reference.fake_quant_per_channel, "CompositeExplicitAutograd")

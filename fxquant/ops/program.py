@@ -16,16 +16,17 @@ class Op(IntEnum):
     """dst and a are registers. Vectors are indices into params, -1 where an optional one is missing."""
 
     LINEAR = 0  # dst = linear(a); b: packed weight, first: bias or -1, second and third: bits of weight and activation
-    LAYER_NORM = 1  # first, second: weight and bias or -1; third: index of eps in constants
-    RMS_NORM = 2  # first: weight or -1; third: index of eps
-    GELU_ERF = 3
-    GELU_TANH = 4
-    SILU = 5
-    RELU = 6
-    ADD = 7  # dst = a + b
-    MUL = 8  # dst = a * b
-    ADD_ROW = 9  # dst = a + params[first] in every row
-    MUL_ROW = 10
+    LINEAR_STATIC = 1  # the same; second: steps, params[second + 1]: zero point; third: bits of activation
+    LAYER_NORM = 2  # first, second: weight and bias or -1; third: index of eps in constants
+    RMS_NORM = 3  # first: weight or -1; third: index of eps
+    GELU_ERF = 4
+    GELU_TANH = 5
+    SILU = 6
+    RELU = 7
+    ADD = 8  # dst = a + b
+    MUL = 9  # dst = a * b
+    ADD_ROW = 10  # dst = a + params[first] in every row
+    MUL_ROW = 11
 
 
 FIELDS = 7

@@ -14,8 +14,12 @@ point 0 and codes 0, so its outputs are NaN. The product, with exact integer sum
 
     y = float(sum_k (q_x - zero_point) q_w) * (scale_x * scale_w) + bias
 
-Static activations are coded by the same last formula with one scale (a positive normal float32) and zero point (0 .. qmax)
-for all tokens; what lies outside their range is clipped, and a token that is not finite still gives NaN.
+Static activations are coded by the same last formula with given steps (positive normal float32, one a channel or one for
+all) and one zero point (0 .. qmax) for all tokens; what lies outside their range is clipped, and a token that is not finite
+still gives NaN. The weight is multiplied by the steps before it is rounded, so no scale of x is left::
+
+    q_k = clip(rne(x_k / step_k) + zero_point, 0, qmax)        scale_w and q_w: those of w_nk * step_k, in float32
+    y = float(sum_k (q_k - zero_point) q_w) * scale_w + bias
 """
 
 import math
@@ -54,8 +58,8 @@ def quantize_activation(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """codes uint8 [..., K] of x float32 [..., K] for one scale (float32) and zero point (int32); not finite: 0."""
-    quotient = torch.where(torch.isfinite(x), x, 0.0) / scale.reshape(())
+    """codes uint8 [..., K] of x float32 [..., K] for steps float32 [K] or [1] and a zero point int32 [1]; not finite: 0."""
+    quotient = torch.where(torch.isfinite(x), x, 0.0) / scale.reshape(-1)
     codes = (torch.round(quotient) + zero_point.reshape(())).clamp(0, 2**bits - 1)
     return torch.where(torch.isfinite(x).all(-1, keepdim=True), codes, 0.0).to(torch.uint8)
 
@@ -74,13 +78,13 @@ def linear_dynamic(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
 
 
 def linear_static(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, scale_x: Tensor, zero_point: Tensor, act_bits: int
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, steps: Tensor, zero_point: Tensor, act_bits: int
 ) -> Tensor:
-    """As ``linear_dynamic``, with one activation scale (float32) and zero point (int32) given."""
-    q = quantize_static(x, scale_x, zero_point, act_bits)
+    """y float32 [..., N] for given steps (float32 [K] or [1]); codes int8 [N, K] and scale [N] are those of weight * step."""
+    q = quantize_static(x, steps, zero_point, act_bits)
     sums = linear_sums(q, zero_point.reshape(()).expand(x.shape[:-1]), codes)
     finite = torch.isfinite(x).all(-1, keepdim=True)
-    y = sums.to(torch.float32) * (torch.where(finite, scale_x.reshape(()), math.nan) * scale)
+    y = torch.where(finite, sums.to(torch.float32) * scale, math.nan)
     return y if bias is None else y + bias
 
 
@@ -88,6 +92,13 @@ def fake_quant_per_token(x: Tensor, bits: int) -> Tensor:
     """x quantized and dequantized per token; the dtype stays."""
     codes, scale, zero_point = quantize_activation(x.to(torch.float32), bits)
     return ((codes.to(torch.float32) - zero_point[..., None]) * scale[..., None]).to(x.dtype)
+
+
+def fake_quant_static(x: Tensor, steps: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """x [..., K] quantized and dequantized with given steps (float32 [K] or [1]) and zero point; the dtype stays."""
+    codes = quantize_static(x.to(torch.float32), steps, zero_point, bits)
+    value = (codes.to(torch.float32) - zero_point.reshape(())) * steps.reshape(-1)
+    return torch.where(torch.isfinite(x).all(-1, keepdim=True), value, math.nan).to(x.dtype)
 
 
 def fake_quant_per_channel(weight: Tensor, bits: int) -> Tensor:

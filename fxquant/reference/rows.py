@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxquant.reference.linear import linear_dynamic
+from fxquant.reference.linear import linear_dynamic, linear_static
 
 LANES = 16
 GELU_END = 5.6
@@ -122,6 +122,8 @@ def rows(
         match op:
             case Op.LINEAR:
                 held[dst] = linear_dynamic(x, *weights[b], vector(first), third)
+            case Op.LINEAR_STATIC:
+                held[dst] = linear_static(x, *weights[b], vector(first), params[second], params[second + 1], third)
             case Op.LAYER_NORM:
                 held[dst] = layer_norm(x, vector(first), vector(second), constants[third])
             case Op.RMS_NORM:

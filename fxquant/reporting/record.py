@@ -7,12 +7,13 @@ from fxquant.config import FxQuantConfig
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One candidate site: a scheme, or the sentence why it stays float.
+    """One candidate site: a scheme, or the sentence why it stays float (with a scheme: why its activations stay dynamic).
 
     ``kernel`` is the fxquant:: operator that computes it, None where the graph's own operator does.
     ``bytes_before`` and ``bytes_after`` are the weight's resident bytes as float and as packed (0 without a weight).
     ``float_us`` and ``scheme_us`` are the microseconds that the measured table of the instruction set promises for the
     linear at the compiled sizes, in float and in the scheme; None where there is no table.
+    ``static_noise_db`` is the noise of static activations against that of dynamic ones, as the calibration predicts it.
     ``macs`` is the number of multiply-accumulates for the traced shapes, None where a size is symbolic.
     """
 
@@ -30,6 +31,7 @@ class SiteRow:
     kernel: str | None = None
     float_us: float | None = None
     scheme_us: float | None = None
+    static_noise_db: float | None = None
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,18 @@ def _site_table(report: Report) -> Any:
         decibel = f"{min(errors):.0f} dB" if errors else ""
         before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
         size = f"{_bytes(before)} → {_bytes(after)}" if after else ""
-        why = ": ".join(part for part in (first.error_class, first.reason) if part)
+        why = ": ".join(part for part in (first.error_class, first.reason, _static_noise(rows)) if part)
         table.add_row(name, first.scheme or "float", decibel, size, _times(rows), why)
     return table
+
+
+def _static_noise(rows: list[SiteRow]) -> str:
+    """How much noise static activations add (or save) against dynamic ones, over all sites of a line."""
+    found = [row.static_noise_db for row in rows if row.static_noise_db is not None]
+    if not found:
+        return ""
+    low, high = f"{min(found):+.1f}", f"{max(found):+.1f}"
+    return f"static noise {low if low == high else f'{low} to {high}'} dB against dynamic, predicted"
 
 
 def _times(rows: list[SiteRow]) -> str:

@@ -95,6 +95,10 @@ using ExtentFn = bool (*)(const float* x, int64_t k, float* low, float* high);
 // clip(rne(x / scale) + zero_point, 0, qmax) of a finite row, padded with zeros to a whole step; scale >= FLT_MIN.
 using EncodeFn = void (*)(
     const float* x, int64_t k, int32_t qmax, float scale, int32_t zero_point, uint8_t* codes);
+// clip(rne(x[j] / steps[j]) + zero_point, 0, qmax), padded alike; false, with codes that mean nothing, where a value is not
+// finite. The row is read once: static qparams need no extent.
+using EncodeChannelsFn = bool (*)(
+    const float* x, int64_t k, int32_t qmax, const float* steps, int32_t zero_point, uint8_t* codes);
 // out[i][j] = float(sums[i][j] - zero_point[i] * column_sum[j]) * (scale_x[i] * scale_w[j]) + bias[j]; bias may be null
 using FinishFn = void (*)(
     const int32_t* sums, const int32_t* column_sums, const float* scale_w, const float* scale_x,
@@ -103,6 +107,7 @@ using FinishFn = void (*)(
 struct Kernels {
   ExtentFn extent;
   EncodeFn encode;
+  EncodeChannelsFn encode_channels;
   PanelFn panel_8x8;   // any scheme
   PanelFn panel_15;    // schemes with a schedule
   PanelFn pair;        // two panels, any scheme; null where one panel fills the registers

@@ -65,23 +65,34 @@ Qparams qparams_of(float low, float high, int32_t qmax) {
   return {scale, std::clamp(static_cast<int32_t>(std::lrintf(-low / scale)), 0, qmax)};
 }
 
-// Quantizes a row with fixed qparams, or (null) with its own; returns what it used.
-Qparams quantize(const float* x, int64_t k, int32_t qmax, const Qparams* fixed, uint8_t* codes) {
+// A row with a value that is not finite: codes 0, and a scale that makes its outputs NaN.
+Qparams not_finite(int64_t k, uint8_t* codes) {
+  std::memset(codes, 0, padded_features(k));
+  return {std::numeric_limits<float>::quiet_NaN(), 0};
+}
+
+// Quantizes a row with its own qparams; returns them.
+Qparams quantize(const float* x, int64_t k, int32_t qmax, uint8_t* codes) {
   const Kernels& kernel = kernels();
   float low, high;
-  if (!kernel.extent(x, k, &low, &high)) {  // a value is not finite
-    std::memset(codes, 0, padded_features(k));
-    return {std::numeric_limits<float>::quiet_NaN(), 0};
-  }
-  const Qparams used = fixed ? *fixed : qparams_of(low, high, qmax);
+  if (!kernel.extent(x, k, &low, &high)) return not_finite(k, codes);
+  const Qparams used = qparams_of(low, high, qmax);
   kernel.encode(x, k, qmax, used.scale, used.zero_point, codes);
   return used;
 }
 
-// Quantizes rows with fixed qparams, or (null) with those of each row.
+// Quantizes a row with given steps. The weight holds them too: what is left of the row's scale is 1.
+Qparams quantize_static(
+    const float* x, int64_t k, int32_t qmax, const float* steps, int32_t zero_point, uint8_t* codes) {
+  if (!kernels().encode_channels(x, k, qmax, steps, zero_point, codes)) return not_finite(k, codes);
+  return {1.f, zero_point};
+}
+
+// Quantizes rows into the scratch memory; quantize(row, qmax, codes) makes narrow codes of each.
+template <typename Quantize>
 void quantize_rows(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
-    const Qparams* fixed, uint8_t* scratch, int64_t m) {
+    uint8_t* scratch, int64_t m, Quantize quantize) {
   const bool wide = is_wide(weight_bits, act_bits);
   const int32_t qmax = (1 << act_bits) - 1;
   const Scratch rows(m, k, wide);
@@ -91,7 +102,7 @@ void quantize_rows(
     const float* row = x + i * ldx;
     uint8_t* codes = scratch + rows.codes + i * rows.stride;
     uint8_t* narrow = wide ? codes + rows.stride / 2 : codes;
-    const Qparams used = quantize(row, k, qmax, fixed, narrow);
+    const Qparams used = quantize(row, qmax, narrow);
     scales[i] = used.scale;
     zero_points[i] = used.zero_point;
     if (wide) spread(narrow, rows.stride / 2, codes);
@@ -104,7 +115,7 @@ const Kernels& fxquant::kernels() { return *kTable[fxquant_isa()]; }
 
 void fxquant::quantize_row(
     const float* x, int64_t k, int32_t qmax, uint8_t* codes, float* scale, int32_t* zero_point) {
-  const Qparams used = quantize(x, k, qmax, nullptr, codes);
+  const Qparams used = quantize(x, k, qmax, codes);
   *scale = used.scale;
   *zero_point = used.zero_point;
 }
@@ -131,14 +142,17 @@ extern "C" int64_t fxquant_linear_scratch_bytes(int64_t m, int64_t k, int32_t we
 extern "C" void fxquant_quantize_rows(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
     uint8_t* scratch, int64_t m) {
-  quantize_rows(x, ldx, m0, m1, k, weight_bits, act_bits, nullptr, scratch, m);
+  quantize_rows(x, ldx, m0, m1, k, weight_bits, act_bits, scratch, m,
+                [k](const float* row, int32_t qmax, uint8_t* codes) { return quantize(row, k, qmax, codes); });
 }
 
 extern "C" void fxquant_quantize_rows_static(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
-    const float* scale, const int32_t* zero_point, uint8_t* scratch, int64_t m) {
-  const Qparams fixed{*scale, *zero_point};
-  quantize_rows(x, ldx, m0, m1, k, weight_bits, act_bits, &fixed, scratch, m);
+    const float* steps, const int32_t* zero_point, uint8_t* scratch, int64_t m) {
+  quantize_rows(x, ldx, m0, m1, k, weight_bits, act_bits, scratch, m,
+                [k, steps, zero = *zero_point](const float* row, int32_t qmax, uint8_t* codes) {
+                  return quantize_static(row, k, qmax, steps, zero, codes);
+                });
 }
 
 extern "C" void fxquant_linear_tile(

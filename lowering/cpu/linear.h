@@ -24,10 +24,11 @@ FXQUANT_EXPORT int64_t fxquant_linear_scratch_bytes(int64_t m, int64_t k, int32_
 FXQUANT_EXPORT void fxquant_quantize_rows(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
     uint8_t* scratch, int64_t m);
-// The same with one scale (>= FLT_MIN, finite) and zero point (0 .. 2^act_bits - 1) for all rows.
+// The same with given steps [k] (>= FLT_MIN, finite) and one zero point (0 .. 2^act_bits - 1) for all rows. The packed weight
+// is that of weight * step, so the scale of a row is 1.
 FXQUANT_EXPORT void fxquant_quantize_rows_static(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t k, int32_t weight_bits, int32_t act_bits,
-    const float* scale, const int32_t* zero_point, uint8_t* scratch, int64_t m);
+    const float* steps, const int32_t* zero_point, uint8_t* scratch, int64_t m);
 // out[(i - m0) * ldo + (j - n0)] = float(sum) * (scale_x[i] * scale_w[j]) for m0 <= i < m1, n0 <= j < n1; n0 % 16 == 0.
 FXQUANT_EXPORT void fxquant_linear_tile(
     const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1,

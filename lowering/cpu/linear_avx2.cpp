@@ -141,6 +141,6 @@ void panel_8x8(const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t
 
 }  // namespace
 
-const Kernels kAvx2 = {avx2::extent, avx2::encode, panel_8x8, panel_15, nullptr, avx2::finish, 6, 6, true};
+const Kernels kAvx2 = {avx2::extent, avx2::encode, avx2::encode_channels, panel_8x8, panel_15, nullptr, avx2::finish, 6, 6, true};
 
 }  // namespace fxquant

@@ -54,20 +54,45 @@ inline bool extent(const float* x, int64_t k, float* low, float* high) {
   return highest(_mm256_max_epi32(bits0, bits1)) < 0x7f800000;
 }
 
-// rne(x / s) + zero of 8 values as int32. True division: a reciprocal with a check for ties was slower (Zen 4).
-inline __m256i code8(__m256 x, __m256 s, __m256i zero) {
-  const __m256 quotient = _mm256_max_ps(_mm256_div_ps(x, s), _mm256_set1_ps(-kFarthest));
-  return _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_min_ps(quotient, _mm256_set1_ps(kFarthest))), zero);
+// rne(quotient) + zero of 8 values as int32.
+inline __m256i code8(__m256 quotient, __m256i zero) {
+  const __m256 above = _mm256_max_ps(quotient, _mm256_set1_ps(-kFarthest));
+  return _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_min_ps(above, _mm256_set1_ps(kFarthest))), zero);
 }
 
-inline void encode(const float* x, int64_t k, int32_t qmax, float scale, int32_t zero_point, uint8_t* codes) {
-  const __m256 s = _mm256_set1_ps(scale);
+// Quotients by one step. True division: a reciprocal with a check for ties was slower (Zen 4).
+struct ByOne {
+  __m256 step;
+
+  __m256 operator()(const float* x, int64_t i) { return _mm256_div_ps(_mm256_loadu_ps(x + i), step); }
+  __m256 operator()(const float* x, int64_t i, __m256i mask) {
+    return _mm256_div_ps(_mm256_maskload_ps(x + i, mask), step);
+  }
+};
+
+// Quotients by a step a channel; remembers the largest magnitude. Lanes off the mask divide zero by zero: nobody reads them.
+struct ByChannel {
+  const float* steps;
+  __m256i bits = _mm256_setzero_si256();
+
+  __m256 divide(__m256 x, __m256 step) {
+    bits = _mm256_max_epi32(bits, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
+    return _mm256_div_ps(x, step);
+  }
+  __m256 operator()(const float* x, int64_t i) { return divide(_mm256_loadu_ps(x + i), _mm256_loadu_ps(steps + i)); }
+  __m256 operator()(const float* x, int64_t i, __m256i mask) {
+    return divide(_mm256_maskload_ps(x + i, mask), _mm256_maskload_ps(steps + i, mask));
+  }
+};
+
+template <typename Quotient>
+inline void encode_by(Quotient& quotient, const float* x, int64_t k, int32_t qmax, int32_t zero_point, uint8_t* codes) {
   const __m256i zero = _mm256_set1_epi32(zero_point), top = _mm256_set1_epi8(static_cast<char>(qmax));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = 0;
   for (; i + 32 <= k; i += 32) {
-    const __m256i a = code8(_mm256_loadu_ps(x + i), s, zero), b = code8(_mm256_loadu_ps(x + i + 8), s, zero);
-    const __m256i c = code8(_mm256_loadu_ps(x + i + 16), s, zero), d = code8(_mm256_loadu_ps(x + i + 24), s, zero);
+    const __m256i a = code8(quotient(x, i), zero), b = code8(quotient(x, i + 8), zero);
+    const __m256i c = code8(quotient(x, i + 16), zero), d = code8(quotient(x, i + 24), zero);
     const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));  // clips to 0 .. 255
     const __m256i codes32 = _mm256_permutevar8x32_epi32(_mm256_min_epu8(bytes, top), order);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), codes32);
@@ -75,11 +100,23 @@ inline void encode(const float* x, int64_t k, int32_t qmax, float scale, int32_t
   alignas(32) int32_t lanes[8];
   for (; i < k; i += 8) {
     const int64_t left = std::min<int64_t>(8, k - i);
-    const __m256i q = code8(_mm256_maskload_ps(x + i, tail_mask(left)), s, zero);
+    const __m256i q = code8(quotient(x, i, tail_mask(left)), zero);
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), q);
     for (int64_t j = 0; j < left; j++) codes[i + j] = static_cast<uint8_t>(std::clamp(lanes[j], 0, qmax));
   }
   std::memset(codes + k, 0, padded_features(k) - k);
+}
+
+inline void encode(const float* x, int64_t k, int32_t qmax, float scale, int32_t zero_point, uint8_t* codes) {
+  ByOne quotient{_mm256_set1_ps(scale)};
+  encode_by(quotient, x, k, qmax, zero_point, codes);
+}
+
+inline bool encode_channels(
+    const float* x, int64_t k, int32_t qmax, const float* steps, int32_t zero_point, uint8_t* codes) {
+  ByChannel quotient{steps};
+  encode_by(quotient, x, k, qmax, zero_point, codes);
+  return highest(quotient.bits) < 0x7f800000;
 }
 
 inline void finish(const int32_t* sums, const int32_t* column_sums, const float* scale_w, const float* scale_x,

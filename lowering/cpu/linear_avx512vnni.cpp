@@ -11,10 +11,9 @@ namespace {
 
 inline __mmask16 tail_mask(int64_t left) { return static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1); }
 
-inline __m512i code16(__m512 x, __m512 s, __m512i zero, __m512i top) {
+inline __m512i code16(__m512 quotient, __m512i zero, __m512i top) {
   const __m512 most = _mm512_set1_ps(kFarthest), least = _mm512_set1_ps(-kFarthest);
-  const __m512 quotient = _mm512_min_ps(_mm512_max_ps(_mm512_div_ps(x, s), least), most);
-  const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(quotient), zero);
+  const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(quotient, least), most)), zero);
   return _mm512_min_epi32(_mm512_max_epi32(q, _mm512_setzero_si512()), top);
 }
 
@@ -33,21 +32,54 @@ bool extent(const float* x, int64_t k, float* lowest, float* highest) {
   return _mm512_reduce_max_epi32(bits) < 0x7f800000;
 }
 
-void encode(const float* x, int64_t k, int32_t qmax, float scale, int32_t zero_point, uint8_t* codes) {
-  const __m512 vs = _mm512_set1_ps(scale);
+// Quotients by one step.
+struct ByOne {
+  __m512 step;
+
+  __m512 operator()(const float* x, int64_t i, __mmask16 mask) {
+    return _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), step);
+  }
+};
+
+// Quotients by a step a channel; remembers the largest magnitude.
+struct ByChannel {
+  const float* steps;
+  __m512i bits = _mm512_setzero_si512();
+
+  __m512 operator()(const float* x, int64_t i, __mmask16 mask) {
+    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+    bits = _mm512_max_epi32(bits, _mm512_and_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
+    return _mm512_div_ps(v, _mm512_maskz_loadu_ps(mask, steps + i));
+  }
+};
+
+template <typename Quotient>
+void encode_by(Quotient& quotient, const float* x, int64_t k, int32_t qmax, int32_t zero_point, uint8_t* codes) {
   const __m512i vz = _mm512_set1_epi32(zero_point), vt = _mm512_set1_epi32(qmax);
   int64_t i = 0;
   for (; i + 16 <= k; i += 16) {
-    const __m128i bytes = _mm512_cvtepi32_epi8(code16(_mm512_loadu_ps(x + i), vs, vz, vt));
+    const __m128i bytes = _mm512_cvtepi32_epi8(code16(quotient(x, i, 0xffff), vz, vt));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), bytes);
   }
   std::memset(codes + i, 0, padded_features(k) - i);
   if (i < k) {
     alignas(16) uint8_t last[16];
-    const __m512 v = _mm512_maskz_loadu_ps(tail_mask(k - i), x + i);
-    _mm_store_si128(reinterpret_cast<__m128i*>(last), _mm512_cvtepi32_epi8(code16(v, vs, vz, vt)));
+    const __m512 v = quotient(x, i, tail_mask(k - i));
+    _mm_store_si128(reinterpret_cast<__m128i*>(last), _mm512_cvtepi32_epi8(code16(v, vz, vt)));
     std::memcpy(codes + i, last, k - i);
   }
+}
+
+void encode(const float* x, int64_t k, int32_t qmax, float scale, int32_t zero_point, uint8_t* codes) {
+  ByOne quotient{_mm512_set1_ps(scale)};
+  encode_by(quotient, x, k, qmax, zero_point, codes);
+}
+
+bool encode_channels(
+    const float* x, int64_t k, int32_t qmax, const float* steps, int32_t zero_point, uint8_t* codes) {
+  ByChannel quotient{steps};
+  encode_by(quotient, x, k, qmax, zero_point, codes);
+  return _mm512_reduce_max_epi32(quotient.bits) < 0x7f800000;
 }
 
 // Rows x 16 or 32 columns, one accumulator a row and panel. A pair of panels loads each code once for two products, so
@@ -126,6 +158,6 @@ void finish(const int32_t* sums, const int32_t* column_sums, const float* scale_
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {extent, encode, panel, panel, pair, finish, kMaxRows, kMaxRows, false};
+const Kernels kAvx512Vnni = {extent, encode, encode_channels, panel, panel, pair, finish, kMaxRows, kMaxRows, false};
 
 }  // namespace fxquant

@@ -51,6 +51,6 @@ void panel(const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* pa
 
 }  // namespace
 
-const Kernels kAvxVnni = {avx2::extent, avx2::encode, panel, panel, nullptr, avx2::finish, 6, 6, false};
+const Kernels kAvxVnni = {avx2::extent, avx2::encode, avx2::encode_channels, panel, panel, nullptr, avx2::finish, 6, 6, false};
 
 }  // namespace fxquant

@@ -71,16 +71,16 @@ struct Problem {
     return sizes;
   }
 
-  // Scratch memory with the rows quantized by fixed qparams, or (null) by those of each row.
-  std::unique_ptr<uint8_t[]> quantize(const float* scale = nullptr, const int32_t* zero_point = nullptr) const {
+  // Scratch memory with the rows quantized by given steps [k], or (null) by the qparams of each row.
+  std::unique_ptr<uint8_t[]> quantize(const float* steps = nullptr, const int32_t* zero_point = nullptr) const {
     std::unique_ptr<uint8_t[]> scratch(new uint8_t[fxquant_linear_scratch_bytes(m, k, weight_bits, act_bits)]);
     const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(k, 1));
     torch::stable::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) {
-      if (scale == nullptr)
+      if (steps == nullptr)
         fxquant_quantize_rows(data<float>(x), k, begin, end, k, weight_bits, act_bits, scratch.get(), m);
       else
         fxquant_quantize_rows_static(
-            data<float>(x), k, begin, end, k, weight_bits, act_bits, scale, zero_point, scratch.get(), m);
+            data<float>(x), k, begin, end, k, weight_bits, act_bits, steps, zero_point, scratch.get(), m);
     });
     return scratch;
   }
@@ -100,8 +100,8 @@ struct Problem {
   }
 };
 
-// The whole linear with fixed qparams, or (null) with those of each row.
-Tensor linear(const Problem& problem, const std::optional<Tensor>& bias, const float* scale, const int32_t* zero_point) {
+// The whole linear with given steps [k], or (null) with the qparams of each row.
+Tensor linear(const Problem& problem, const std::optional<Tensor>& bias, const float* steps, const int32_t* zero_point) {
   std::optional<Tensor> added;
   if (bias) {
     const int64_t out_features = problem.n;
@@ -112,7 +112,7 @@ Tensor linear(const Problem& problem, const std::optional<Tensor>& bias, const f
   const float* b = added ? data<float>(*added) : nullptr;
   Tensor out = torch::stable::new_empty(problem.x, problem.out_sizes());
   if (problem.m == 0) return out;
-  const auto scratch = problem.quantize(scale, zero_point);
+  const auto scratch = problem.quantize(steps, zero_point);
   float* y = data<float>(out);
   const int64_t n = problem.n;
   problem.tiles([&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
@@ -129,17 +129,23 @@ Tensor linear_dynamic(const Tensor& x, const Tensor& packed, std::optional<Tenso
 Tensor linear_static(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, const Tensor& scale,
                      const Tensor& zero_point, int64_t out_features, int64_t weight_bits, int64_t act_bits) {
   const Problem problem(x, packed, out_features, weight_bits, act_bits);
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.numel() == 1,
-                  "fxquant::linear_static: the scale must be one float32 value");
+  const int64_t count = scale.numel(), features = problem.k;
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && (count == 1 || count == features),
+                  "fxquant::linear_static: the scale must be float32 of 1 or ", features, " values");
   STD_TORCH_CHECK(zero_point.scalar_type() == ScalarType::Int && zero_point.numel() == 1,
                   "fxquant::linear_static: the zero point must be one int32 value");
-  const float s = *data<float>(scale);
+  const Tensor given = as_contiguous(scale);
   const int32_t zero = *data<int32_t>(zero_point), qmax = (1 << act_bits) - 1;
-  STD_TORCH_CHECK(std::isfinite(s) && s >= std::numeric_limits<float>::min(),
-                  "fxquant::linear_static: the scale ", s, " is no positive normal number");
+  for (int64_t i = 0; i < count; i++) {
+    const float s = data<float>(given)[i];
+    STD_TORCH_CHECK(std::isfinite(s) && s >= std::numeric_limits<float>::min(),
+                    "fxquant::linear_static: the scale ", s, " is no positive normal number");
+  }
   STD_TORCH_CHECK(zero >= 0 && zero <= qmax,
                   "fxquant::linear_static: the zero point ", zero, " lies outside 0 .. ", qmax);
-  return linear(problem, bias, &s, &zero);
+  if (count == features) return linear(problem, bias, data<float>(given), &zero);
+  const std::vector<float> steps(features, *data<float>(given));
+  return linear(problem, bias, steps.data(), &zero);
 }
 
 // Sets an instruction set (-1: leaves the one in force) and puts the former one back, also where a check fails.

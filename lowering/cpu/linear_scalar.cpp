@@ -19,12 +19,24 @@ bool extent(const float* x, int64_t k, float* low, float* high) {
   return finite;
 }
 
+uint8_t code(float x, float step, int32_t zero_point, int32_t qmax) {
+  const float quotient = std::clamp(x / step, -kFarthest, kFarthest);
+  return static_cast<uint8_t>(std::clamp(static_cast<int32_t>(std::lrintf(quotient)) + zero_point, 0, qmax));
+}
+
 void encode(const float* x, int64_t k, int32_t qmax, float scale, int32_t zero_point, uint8_t* codes) {
   std::memset(codes + k, 0, padded_features(k) - k);
+  for (int64_t i = 0; i < k; i++) codes[i] = code(x[i], scale, zero_point, qmax);
+}
+
+bool encode_channels(
+    const float* x, int64_t k, int32_t qmax, const float* steps, int32_t zero_point, uint8_t* codes) {
+  std::memset(codes + k, 0, padded_features(k) - k);
   for (int64_t i = 0; i < k; i++) {
-    const float quotient = std::clamp(x[i] / scale, -kFarthest, kFarthest);
-    codes[i] = static_cast<uint8_t>(std::clamp(static_cast<int32_t>(std::lrintf(quotient)) + zero_point, 0, qmax));
+    if (!std::isfinite(x[i])) return false;
+    codes[i] = code(x[i], steps[i], zero_point, qmax);
   }
+  return true;
 }
 
 void panel(const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t* packed, const Layout& layout, int64_t p,
@@ -51,6 +63,6 @@ void finish(const int32_t* sums, const int32_t* column_sums, const float* scale_
 
 }  // namespace
 
-const Kernels kScalar = {extent, encode, panel, panel, nullptr, finish, kMaxRows, kMaxRows, false};
+const Kernels kScalar = {extent, encode, encode_channels, panel, panel, nullptr, finish, kMaxRows, kMaxRows, false};
 
 }  // namespace fxquant

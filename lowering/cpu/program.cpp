@@ -19,6 +19,8 @@ const RowFunctions& functions_in_force() {
   return *kTable[fxquant_isa()];
 }
 
+bool is_linear(int64_t op) { return op == kLinear || op == kLinearStatic; }
+
 bool is_elementwise(int64_t op) { return op >= kGeluErf; }
 
 // An odd number of cache lines: rows a power of two apart would fall into one set of the first-level cache.
@@ -38,7 +40,7 @@ RowProgram::RowProgram(int64_t m, std::vector<RowRegister> registers, std::vecto
   }
   std::vector<int64_t> versions(registers_.size(), 0);
   for (int64_t i = 0; i < static_cast<int64_t>(code_.size()); i++) {
-    if (code_[i].op == kLinear)
+    if (is_linear(code_[i].op))
       add_linear(i, versions);
     else {
       if (stages_.empty() || (stages_.back().is_linear && !follows_linear(code_[i]))) stages_.push_back({false, {}});
@@ -51,15 +53,18 @@ RowProgram::RowProgram(int64_t m, std::vector<RowRegister> registers, std::vecto
 
 void RowProgram::add_linear(int64_t index, const std::vector<int64_t>& versions) {
   const RowInstruction& it = code_[index];
-  const int32_t weight_bits = static_cast<int32_t>(it.second), act_bits = static_cast<int32_t>(it.third);
+  const int32_t weight_bits = reinterpret_cast<const Header*>(packed_[it.b])->weight_bits;
+  const int32_t act_bits = static_cast<int32_t>(it.third);
+  const int64_t steps = it.op == kLinearStatic ? it.second : -1;
   const bool wide = is_wide(weight_bits, act_bits);
   const auto holds = [&](const Codes& c) {
-    return c.source == it.a && c.version == versions[it.a] && c.act_bits == act_bits && c.wide == wide;
+    return c.source == it.a && c.version == versions[it.a] && c.act_bits == act_bits && c.wide == wide &&
+           c.steps == steps;
   };
   const auto found = std::find_if(codes_.begin(), codes_.end(), holds);
   const int64_t codes = found - codes_.begin();
   if (found == codes_.end()) {
-    codes_.push_back({it.a, versions[it.a], registers_[it.a].width, index, 0, weight_bits, act_bits, wide});
+    codes_.push_back({it.a, versions[it.a], registers_[it.a].width, index, 0, weight_bits, act_bits, wide, steps});
     if (stages_.empty() || stages_.back().is_linear) stages_.push_back({false, {}});
     stages_.back().steps.push_back({index, codes});
   }
@@ -162,8 +167,15 @@ void RowProgram::run_rows(const Frame& frame, const Stage& stage, int64_t begin,
         continue;
       }
       const Codes& codes = codes_[step.codes];
-      fxquant_quantize_rows(row(frame, codes.source, 0), stride(codes.source), i, i + rows, codes.k, codes.weight_bits,
-                            codes.act_bits, codes_at(frame, step.codes), frame.rows);
+      const float* x = row(frame, codes.source, 0);
+      uint8_t* scratch = codes_at(frame, step.codes);
+      if (codes.steps < 0)
+        fxquant_quantize_rows(x, stride(codes.source), i, i + rows, codes.k, codes.weight_bits, codes.act_bits, scratch,
+                              frame.rows);
+      else
+        fxquant_quantize_rows_static(x, stride(codes.source), i, i + rows, codes.k, codes.weight_bits, codes.act_bits,
+                                     params_[codes.steps], reinterpret_cast<const int32_t*>(params_[codes.steps + 1]),
+                                     scratch, frame.rows);
     }
   }
 }

@@ -9,6 +9,7 @@ namespace fxquant {
 // The order is that of fxquant/ops/program.py.
 enum RowOp : int64_t {
   kLinear,     // dst = linear(a), packed weight b; first: bias or -1; second, third: bits of weight and activation
+  kLinearStatic,  // the same; second: steps, with the zero point right after them; third: bits of the activation
   kLayerNorm,  // dst = layer_norm(a); first, second: weight and bias or -1; third: index of eps
   kRmsNorm,    // dst = rms_norm(a); first: weight or -1; third: index of eps
   kGeluErf,
@@ -36,7 +37,7 @@ struct RowOperands {
 };
 using RowFn = void (*)(const RowOperands&);
 struct RowFunctions {
-  RowFn of[kRowOps];  // by RowOp; none for kLinear
+  RowFn of[kRowOps];  // by RowOp; none for the linears
 };
 extern const RowFunctions kRowsScalar, kRowsAvx2, kRowsAvx512;
 
@@ -70,6 +71,7 @@ class RowProgram {
     int64_t source, version, k, last, lane;
     int32_t weight_bits, act_bits;
     bool wide;
+    int64_t steps;  // index of static steps; -1: each row has its own scale
   };
   // An instruction. codes: what a linear reads; in a stage on whole rows, the quantization that makes them; else -1.
   struct Step {

@@ -167,7 +167,7 @@ void add(const RowOperands& o) { map2(o, [](auto a, auto b) { return a + b; }); 
 void mul(const RowOperands& o) { map2(o, [](auto a, auto b) { return a * b; }); }
 
 constexpr RowFunctions kFunctions = {
-    {nullptr, layer_norm, rms_norm, gelu_erf, gelu_tanh, silu_rows, relu, add, mul, add, mul}};
+    {nullptr, nullptr, layer_norm, rms_norm, gelu_erf, gelu_tanh, silu_rows, relu, add, mul, add, mul}};
 
 }  // namespace
 }  // namespace fxquant

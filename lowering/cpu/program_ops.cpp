@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -65,7 +66,10 @@ class Call {
                       "fxquant::rows: this is no packed weight of this version");
       headers.push_back(header);
     }
-    for (const Tensor& vector : vectors) params.push_back(contiguous_float(vector, "vector"));
+    for (const Tensor& vector : vectors) {
+      const bool is_zero_point = vector.scalar_type() == ScalarType::Int && vector.numel() == 1;
+      params.push_back(is_zero_point ? vector : contiguous_float(vector, "vector"));
+    }
   }
 
   // registers: (width, place) each; place -1 is the arena, i an input. outputs: (register, input with its leading sizes).
@@ -103,7 +107,7 @@ class Call {
       const int64_t n = registers[check(it.dst, registers.size())].width;
       const int64_t k = registers[check(it.a, registers.size())].width;
       STD_TORCH_CHECK(!is_input[it.dst], "fxquant::rows: an input is written");
-      if (it.op == kLinear)
+      if (it.op == kLinear || it.op == kLinearStatic)
         check_linear(it, n, k);
       else
         check_float(it, n, k);
@@ -124,13 +128,29 @@ class Call {
   }
   void check_vector(int64_t index, int64_t n, bool optional) const {
     if (optional && index == -1) return;
-    STD_TORCH_CHECK(params[check(index, params.size())].numel() == n, "fxquant::rows: a vector must have ", n, " values");
+    const Tensor& vector = params[check(index, params.size())];
+    STD_TORCH_CHECK(vector.scalar_type() == ScalarType::Float && vector.numel() == n,
+                    "fxquant::rows: a vector must have ", n, " float32 values");
+  }
+  void check_static(const RowInstruction& it, int64_t k) const {
+    check_vector(it.second, k, false);
+    const float* steps = static_cast<const float*>(params[it.second].data_ptr());
+    for (int64_t i = 0; i < k; i++)
+      STD_TORCH_CHECK(std::isnormal(steps[i]) && steps[i] > 0, "fxquant::rows: the step ", steps[i],
+                      " is no positive normal number");
+    const Tensor& zero = params[check(it.second + 1, params.size())];
+    STD_TORCH_CHECK(zero.scalar_type() == ScalarType::Int, "fxquant::rows: steps must be followed by an int32 zero point");
+    const int32_t value = *static_cast<const int32_t*>(zero.data_ptr());
+    STD_TORCH_CHECK(value >= 0 && value < (1 << it.third), "fxquant::rows: the zero point ", value,
+                    " does not fit ", it.third, " bits");
   }
   void check_linear(const RowInstruction& it, int64_t n, int64_t k) const {
     const Header& header = headers[check(it.b, headers.size())];
-    STD_TORCH_CHECK(header.n == n && header.k == k && header.weight_bits == it.second && header.act_bits == it.third,
+    const int64_t weight_bits = it.op == kLinear ? it.second : header.weight_bits;
+    STD_TORCH_CHECK(header.n == n && header.k == k && header.weight_bits == weight_bits && header.act_bits == it.third,
                     "fxquant::rows: the weight was packed as w", header.weight_bits, "a", header.act_bits, " ", header.n,
-                    " x ", header.k, ", the program asks for w", it.second, "a", it.third, " ", n, " x ", k);
+                    " x ", header.k, ", the program asks for w", weight_bits, "a", it.third, " ", n, " x ", k);
+    if (it.op == kLinearStatic) check_static(it, k);
     check_vector(it.first, n, true);
   }
   void check_float(const RowInstruction& it, int64_t n, int64_t k) const {

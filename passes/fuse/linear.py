@@ -1,8 +1,8 @@
 """linear(fake_quant(x), fake_quant(W), b)  →  fxquant::linear_dynamic(x, packed(W), b)
 
 The specification's fake-quant nodes and the float product become one integer kernel: the operator of the scheme's packed
-format (fxquant/linear_formats.py). The packed weight is a new graph input that comes before all others, so nothing of the
-weight's value is in the graph.
+format (fxquant/linear_formats.py), with static activations fxquant::linear_static. The packed weight is a new graph input
+that comes before the user's, so nothing of the weight's value is in the graph.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant._compat import FakeTensorMode
-from fxquant.binding import Slot
+from fxquant.binding import Slot, add_input, own_inputs
 from fxquant.capture import remove_dead_code
 from fxquant.linear_formats import format_of
 
@@ -28,11 +28,11 @@ def fuse_linears(
 
     Returns the slots in the order of the new leading inputs, and the positions of the original inputs still read.
     """
-    inputs = gm.graph.find_nodes(op="placeholder")
+    inputs = own_inputs(gm.graph)
     made: dict[Slot, fx.Node] = {}
     for node, slot in linears.items():
         if slot not in made:
-            made[slot] = _add_input(gm.graph, inputs[0], f"packed_{len(made)}", blobs[slot.site], fake_mode)
+            made[slot] = add_input(gm.graph, f"packed_{len(made)}", blobs[slot.site], fake_mode)
         _replace(node, made[slot], slot, fake_mode)
     remove_dead_code(gm.graph)
     kept = []
@@ -46,16 +46,6 @@ def fuse_linears(
     return tuple(made), tuple(kept)
 
 
-def _add_input(graph: fx.Graph, before: fx.Node, name: str, blob: Tensor, fake_mode: FakeTensorMode) -> fx.Node:
-    with graph.inserting_before(before):
-        node = graph.placeholder(name)
-    node.meta["val"] = fake_mode.from_tensor(blob, static_shapes=True)
-    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node.meta["fxquant_name"] = name
-    node._dynamo_source = None
-    return node
-
-
 def _replace(node: fx.Node, packed: fx.Node, slot: Slot, fake_mode: FakeTensorMode) -> None:
     x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
     assert isinstance(x, fx.Node)
@@ -65,7 +55,8 @@ def _replace(node: fx.Node, packed: fx.Node, slot: Slot, fake_mode: FakeTensorMo
     with graph.inserting_before(node), fake_mode:
         form = format_of(slot.scheme)
         source = x if slot.scheme.is_weight_only else x.args[0]  # what the fake-quant node reads
-        args = (source, packed, bias, out_features, *form.extra(slot.scheme))
+        static = x.args[1:3] if slot.scheme.static else ()  # the steps and the zero point of the fake-quant node
+        args = (source, packed, bias, *static, out_features, *form.extra(slot.scheme))
         fused = graph.call_function(form.overload, args)
     fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)

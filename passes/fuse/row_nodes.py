@@ -37,7 +37,7 @@ def is_alias(node: fx.Node) -> bool:
 
 def is_linear(node: fx.Node) -> bool:
     """Whether a node is a quantized linear."""
-    return _packet(node) == torch.ops.fxquant.linear_dynamic
+    return _packet(node) in (torch.ops.fxquant.linear_dynamic, torch.ops.fxquant.linear_static)
 
 
 def is_row_wise(node: fx.Node) -> bool:
@@ -102,12 +102,18 @@ def _linear(node: fx.Node) -> bool:
     return node.args[2] is None or (isinstance(node.args[2], fx.Node) and is_vector_for(node.args[2], node))
 
 
+def _linear_static(node: fx.Node) -> bool:
+    x, steps = node.args[0], node.args[3]
+    return _linear(node) and isinstance(x, fx.Node) and isinstance(steps, fx.Node) and is_vector_for(steps, x)
+
+
 def _always(node: fx.Node) -> bool:
     return True
 
 
 _CHECKS: dict[object, Callable[[fx.Node], bool]] = {
     torch.ops.fxquant.linear_dynamic: _linear,
+    torch.ops.fxquant.linear_static: _linear_static,
     aten.layer_norm: _norm,
     aten.rms_norm: _norm,
     aten.gelu: _always,

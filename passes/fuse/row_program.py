@@ -97,6 +97,12 @@ def _instruction(node: fx.Node, program: RowProgram, held: Mapping[fx.Node, int]
         assert isinstance(packed, fx.Node)
         bits = (int(weight_bits), int(act_bits))  # type: ignore[arg-type]
         return [Op.LINEAR, dst, a, _index(program.packed, packed), _vector(program, bias), *bits]
+    if packet == torch.ops.fxquant.linear_static:
+        _, packed, bias, steps, zero_point, _, _, act_bits = node.args
+        assert isinstance(packed, fx.Node)
+        at = _vector(program, steps)
+        assert _vector(program, zero_point) == at + 1  # both are read by linears of this slot only, always together
+        return [Op.LINEAR_STATIC, dst, a, _index(program.packed, packed), _vector(program, bias), at, int(act_bits)]  # type: ignore[arg-type]
     if packet == aten.layer_norm:
         weight, bias = (*node.args, None, None)[2:4]
         eps = node.args[4] if len(node.args) > 4 else node.kwargs.get("eps", 1e-5)

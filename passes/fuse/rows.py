@@ -175,5 +175,5 @@ def _lists(arguments: Sequence[object]) -> Iterator[list[object]]:
 
 def _title(group: Sequence[fx.Node]) -> str:
     names = [node.target.overloadpacket.__name__ for node in group if not is_alias(node)]  # type: ignore[union-attr]
-    counts = Counter("linear" if name == "linear_dynamic" else name for name in names)
+    counts = Counter("linear" if name in ("linear_dynamic", "linear_static") else name for name in names)
     return ", ".join(f"{count} {name}" for name, count in counts.items()) + "  →  one row program"

@@ -1,16 +1,22 @@
 """linear(x, W, b)  →  linear(fake_quant(x), fake_quant(W), b)
 
 Activations are coded per token with scales found at run time (not at all with ``a16``), weights per output channel or
-per group of input features. What this leaves is a float
-graph that anyone can run: the specification of the integer kernel.
+per group of input features. What this leaves is a float graph that anyone can run: the specification of the integer kernel.
+
+Static activations are coded with the steps s of a calibration, one an input channel, and the weight times them::
+
+    linear(x, W, b)  →  linear(fake_quant_static(x, s, zero_point), fake_quant(W·s) / s, b)
+
+Steps and zero points are graph inputs: layers that share a graph may differ in them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx
 
 from fxquant._compat import FakeTensorMode
+from fxquant.binding import Slot, add_input
 from fxquant.reference import MAX_K
 from fxquant.schemes import Scheme
 
@@ -33,31 +39,66 @@ def conditions(x: fx.Node, weight: fx.Node) -> Iterator[tuple[str, bool]]:
     yield f"at most {MAX_K} input features keep the int32 sums exact", int(w_val.shape[1]) <= MAX_K
 
 
-def quantize_linear(node: fx.Node, scheme: Scheme, fake_mode: FakeTensorMode) -> fx.Node:
+def add_static_inputs(graph: fx.Graph, slots: Iterable[Slot], fake_mode: FakeTensorMode) -> dict[Slot, tuple[fx.Node, fx.Node]]:
+    """Graph inputs for the steps and the zero point of every static slot."""
+    made: dict[Slot, tuple[fx.Node, fx.Node]] = {}
+    for slot in slots:
+        if slot.static is not None and slot not in made:
+            steps, zero_point = slot.static.inputs
+            names = (f"steps_{len(made)}", f"zero_point_{len(made)}")
+            made[slot] = (
+                add_input(graph, names[0], steps, fake_mode),
+                add_input(graph, names[1], zero_point, fake_mode),
+            )
+    return made
+
+
+def quantize_linear(
+    node: fx.Node, scheme: Scheme, fake_mode: FakeTensorMode, static: tuple[fx.Node, fx.Node] | None = None
+) -> fx.Node:
     """Insert the fake-quant nodes; returns the linear that now works on float32 fake-quantized operands.
 
-    A site in half precision is computed in float32 and cast back, as the kernel does.
+    A site in half precision is computed in float32 and cast back, as the kernel does. ``static`` are the steps and the zero
+    point of a static scheme.
     """
     x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
     out_dtype = node.meta["val"].dtype
-    fxq = torch.ops.fxquant
     with node.graph.inserting_before(node):
-        operands = [_cast(x, torch.float32, fake_mode), _cast(weight, torch.float32, fake_mode)]
-        if not scheme.is_weight_only:
-            operands[0] = _call(fxq.fake_quant_per_token.default, (operands[0], scheme.act_bits), node, fake_mode)
-        if scheme.group:
-            args = (operands[1], scheme.weight_bits, scheme.group)
-            operands[1] = _call(fxq.fake_quant_per_group.default, args, node, fake_mode)
+        x, weight = _cast(x, torch.float32, fake_mode), _cast(weight, torch.float32, fake_mode)
+        if static is not None:
+            x, weight = _fake_quant_static(x, weight, static, scheme, node, fake_mode)
         else:
-            operands[1] = _call(fxq.fake_quant_per_channel.default, (operands[1], scheme.weight_bits), node, fake_mode)
+            x, weight = _fake_quant(x, weight, scheme, node, fake_mode)
         bias = _cast(bias, torch.float32, fake_mode) if isinstance(bias, fx.Node) else None
-        linear = _call(aten.linear.default, (operands[0], operands[1], bias), node, fake_mode)
+        linear = _call(aten.linear.default, (x, weight, bias), node, fake_mode)
         result = _cast(linear, out_dtype, fake_mode)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
     return linear
+
+
+def _fake_quant(
+    x: fx.Node, weight: fx.Node, scheme: Scheme, like: fx.Node, fake_mode: FakeTensorMode
+) -> tuple[fx.Node, fx.Node]:
+    fxq = torch.ops.fxquant
+    if not scheme.is_weight_only:
+        x = _call(fxq.fake_quant_per_token.default, (x, scheme.act_bits), like, fake_mode)
+    if scheme.group:
+        args = (weight, scheme.weight_bits, scheme.group)
+        return x, _call(fxq.fake_quant_per_group.default, args, like, fake_mode)
+    return x, _call(fxq.fake_quant_per_channel.default, (weight, scheme.weight_bits), like, fake_mode)
+
+
+def _fake_quant_static(
+    x: fx.Node, weight: fx.Node, static: tuple[fx.Node, fx.Node], scheme: Scheme, like: fx.Node, fake_mode: FakeTensorMode
+) -> tuple[fx.Node, fx.Node]:
+    fxq, (steps, zero_point) = torch.ops.fxquant, static
+    x = _call(fxq.fake_quant_static.default, (x, steps, zero_point, scheme.act_bits), like, fake_mode)
+    scaled = _call(aten.mul.Tensor, (weight, steps), like, fake_mode)
+    rounded = _call(fxq.fake_quant_per_channel.default, (scaled, scheme.weight_bits), like, fake_mode)
+    return x, _call(aten.div.Tensor, (rounded, steps), like, fake_mode)
 
 
 def _cast(node: fx.Node, dtype: torch.dtype, fake_mode: FakeTensorMode) -> fx.Node:

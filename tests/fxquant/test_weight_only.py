@@ -113,6 +113,6 @@ def test_names_that_are_no_scheme_say_what_to_write() -> None:
         fxquant.FxQuantConfig(scheme="w4a16-g100")
     with pytest.raises(ConfigError, match="w8a8 has one weight scale an output channel; groups go with"):
         fxquant.FxQuantConfig(scheme="w8a8-g64")
-    with pytest.raises(ConfigError, match="unknown scheme 'w3a16-g64'.*the nearest is 'w4a16'"):
+    with pytest.raises(ConfigError, match=r"unknown scheme 'w3a16-g64'.*the nearest is 'w4a16'"):
         fxquant.FxQuantConfig(scheme="w3a16-g64")
     assert str(parse_scheme("w4a16-g64")) == "w4a16-g64"

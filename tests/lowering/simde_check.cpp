@@ -27,8 +27,8 @@ int main() {
         const Layout layout(n, k, weight_bits, act_bits);
         const bool scheduled = has_schedule(weight_bits, act_bits);
         const int64_t rows = scheduled ? TABLE.rows_15 : TABLE.rows_8x8, stride = align64(k + 4);
-        std::vector<uint8_t> a(rows * stride), b(rows * stride);
-        std::vector<float> x(k), sx(rows), out(rows * 16), ref(rows * 16), bias(16, 0.25f);
+        std::vector<uint8_t> a(rows * stride), b(rows * stride), c(stride), d(stride);
+        std::vector<float> x(k), steps(k), sx(rows), out(rows * 16), ref(rows * 16), bias(16, 0.25f);
         std::vector<int32_t> za(rows), wanted(rows * 16);
         alignas(64) int32_t sums[kMaxRows * kPanel], both[2 * kMaxRows * kPanel];  // kernels store whole vectors
         for (int64_t r = 0; r < rows; r++) {
@@ -44,6 +44,11 @@ int main() {
           TABLE.encode(x.data(), k, qmax, sx[r], za[r], &a[r * stride]);
           kScalar.encode(x.data(), k, qmax, sx[r], za[r], &b[r * stride]);
           differences += std::memcmp(&a[r * stride], &b[r * stride], k) != 0;
+          for (int64_t i = 0; i < k; i++) steps[i] = sx[r] * (1.f + 0.37f * (i % 5));
+          if (r == 2 && k > 1) x[k - 1] = NAN;
+          const bool coded = TABLE.encode_channels(x.data(), k, qmax, steps.data(), za[r], c.data());
+          differences += coded != kScalar.encode_channels(x.data(), k, qmax, steps.data(), za[r], d.data());
+          differences += coded && std::memcmp(c.data(), d.data(), k) != 0;
         }
         for (int64_t p = 0; p < layout.panels; p++) {
           (scheduled ? TABLE.panel_15 : TABLE.panel_8x8)(a.data(), stride, rows, packed.data(), layout, p, sums);

@@ -187,8 +187,9 @@ def test_static_activations(scheme: Scheme) -> None:
     weight, bias, bits = torch.randn(40, 130), torch.randn(40), (scheme.weight_bits, scheme.act_bits)
     codes, scale_w = reference.quantize_weight(weight, scheme.weight_bits)
     packed, top = pack_linear(weight, scheme), 2**scheme.act_bits - 1
-    for scale, zero in ((0.03, top // 2), (6 / top, 0), (1.2e-38, top), (2e38, 1)):
-        qparams = (torch.tensor(scale), torch.tensor([zero], dtype=torch.int32))
+    channels = torch.logspace(-4, 2, 130)
+    for scale, zero in ((0.03, top // 2), (6 / top, 0), (1.2e-38, top), (2e38, 1), (channels, top // 3), (channels[:1], 7)):
+        qparams = (torch.as_tensor(scale), torch.tensor([zero], dtype=torch.int32))
         for added in (bias, None):
             wanted = reference.linear_static(x, codes, scale_w, added, *qparams, scheme.act_bits)
             for isa in LEVELS:
@@ -222,6 +223,32 @@ def test_codes_at_and_beside_every_tie(bits: int, isa: int) -> None:
         assert torch.equal(y, wanted), scale
 
 
+@pytest.mark.parametrize("k", [1, 7, 8, 15, 16, 31, 33, 64, 130])
+def test_every_channel_has_its_own_step(k: int) -> None:
+    """The codes themselves: the weight is the identity, and steps differ from one channel to the next."""
+    x = torch.randn(9, k) * 4
+    steps, zero = torch.rand(k) / 10 + 0.01, torch.tensor([90], dtype=torch.int32)
+    packed = pack_linear(torch.eye(k), Scheme(8, 8))
+    wanted = reference.quantize_static(x, steps, zero, 8)
+    for isa in LEVELS:
+        with at_most(isa):
+            y = torch.ops.fxquant.linear_static(x, packed, None, steps, zero, k, 8, 8)
+        assert torch.equal((y + 90).round().to(torch.uint8), wanted), ISAS[isa]
+
+
+def test_one_and_two_threads_code_alike_with_given_steps() -> None:
+    x, before = torch.randn(101, 96), torch.get_num_threads()
+    qparams = (torch.rand(96) / 20 + 0.01, torch.tensor([60], dtype=torch.int32))
+    packed, results = pack_linear(torch.randn(70, 96) * qparams[0], Scheme(8, 7)), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.fxquant.linear_static(x, packed, None, *qparams, 70, 8, 7))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
 def test_static_qparams_are_checked() -> None:
     packed, one = pack_linear(torch.randn(8, 16), Scheme(8, 8)), torch.ones(1)
     call, zero = torch.ops.fxquant.linear_static, torch.zeros(1, dtype=torch.int32)
@@ -230,7 +257,9 @@ def test_static_qparams_are_checked() -> None:
         (one / 0, zero, "scale inf is no positive normal number"),
         (one, zero + 256, r"zero point 256 lies outside 0 \.\. 255"),
         (one, zero - 1, "zero point -1 lies outside"),
-        (torch.ones(2), zero, "scale must be one float32 value"),
+        (torch.cat([torch.ones(15), 0 * one]), zero, "scale 0 is no positive normal number"),
+        (torch.ones(2), zero, "scale must be float32 of 1 or 16 values"),
+        (torch.ones(16, dtype=torch.float64), zero, "scale must be float32 of 1 or 16 values"),
         (one, torch.zeros(1), "zero point must be one int32 value"),
     ):
         with pytest.raises(RuntimeError, match=message):

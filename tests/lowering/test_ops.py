@@ -18,7 +18,7 @@ def test_linear_dynamic_is_a_good_citizen(test: str) -> None:
 
 @pytest.mark.parametrize("test", ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"])
 def test_linear_static_is_a_good_citizen(test: str) -> None:
-    qparams = (torch.tensor(0.02), torch.tensor([30], dtype=torch.int32))
+    qparams = (torch.rand(16) / 50 + 0.01, torch.tensor([30], dtype=torch.int32))
     args = (torch.randn(2, 3, 16), pack_linear(torch.randn(8, 16), Scheme(6, 6)), torch.randn(8), *qparams, 8, 6, 6)
     torch.library.opcheck(torch.ops.fxquant.linear_static, args, test_utils=test)
 
@@ -75,6 +75,24 @@ def test_fake_quant_is_straight_through_and_idempotent() -> None:
     weight = torch.randn(5, 7)
     once = reference.fake_quant_per_channel(weight, 8)
     assert torch.allclose(reference.fake_quant_per_channel(once, 8), once, rtol=1e-6)
+
+
+@pytest.mark.parametrize("test", ["test_schema", "test_faketensor", "test_autograd_registration"])
+def test_static_fake_quant_is_a_good_citizen(test: str) -> None:
+    args = (torch.randn(4, 6, requires_grad=True), torch.rand(6) + 0.1, torch.tensor([8], dtype=torch.int32), 4)
+    torch.library.opcheck(torch.ops.fxquant.fake_quant_static, args, test_utils=test)
+
+
+def test_static_fake_quant_is_straight_through_clips_and_keeps_what_lies_on_its_grid() -> None:
+    steps, zero = torch.tensor([0.5, 0.25]), torch.tensor([3], dtype=torch.int32)
+    x = torch.tensor([[-1.5, 3.0], [99.0, -99.0], [0.6, 0.1]], requires_grad=True)
+    y = torch.ops.fxquant.fake_quant_static(x, steps, zero, 4)
+    assert y.tolist() == [[-1.5, 3.0], [6.0, -0.75], [0.5, 0.0]]
+    y.backward(torch.full_like(y, 3.0))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full_like(x, 3.0))
+    half = torch.ops.fxquant.fake_quant_static(x.detach().bfloat16(), steps, zero, 4)
+    assert half.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("bits", [4, 6, 7, 8])

@@ -48,6 +48,16 @@ class Program:
         vector = self.vector(n) if bias else -1
         return self.add(Op.LINEAR, n, a, len(self.packed) - 1, vector, scheme.weight_bits, scheme.act_bits)
 
+    def static(self, a: int, n: int, scheme: Scheme = W8A7) -> int:
+        k = self.width(a)
+        steps = torch.rand(k) / 10 + 0.01
+        weight = torch.randn(n, k) / math.sqrt(k) * steps
+        self.weights.append(reference.quantize_weight(weight, scheme.weight_bits))
+        self.packed.append(pack_linear(weight, scheme))
+        at = self.vector(n)
+        self.params += [steps, torch.tensor([40], dtype=torch.int32)]
+        return self.add(Op.LINEAR_STATIC, n, a, len(self.packed) - 1, at, at + 1, scheme.act_bits)
+
     def norm(self, op: Op, a: int, weight: bool = True, bias: bool = True) -> int:
         self.constants.append(1e-5)
         n = self.width(a)
@@ -211,6 +221,34 @@ def test_norms(op: Op, width: int, weight: bool) -> None:
     else:
         wanted = f.rms_norm(exact, (width,), given[0] if given else None, 1e-5)
     assert torch.allclose(program.run()[0][[0, 1, 2, 4, 6, 8, 9, 10]].double(), wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("scheme", [W8A7, W8A8, SCHEMES["w6a6"]], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 60])
+def test_static_linears_beside_dynamic_ones(rows: int, scheme: Scheme) -> None:
+    """Three linears read one register with steps of their own, and one of them without: nobody takes another's codes."""
+    x = torch.randn(rows, 41)
+    x[0, 3] = math.nan if rows > 1 else 0.0
+    p = Program([x])
+    y = p.norm(Op.LAYER_NORM, 0)
+    hidden = p.each(Op.GELU_ERF, p.static(y, 70, scheme))
+    assert_same(p.out(p.static(y, 33, scheme), p.linear(y, 20, scheme), p.static(hidden, 41, scheme), p.static(y, 16, W8A8)))
+
+
+def test_bad_static_qparams_are_refused() -> None:
+    p = Program([torch.randn(4, 20)])
+    p.out(p.static(0, 30))
+    p.run()
+    for place, value, message in (
+        (1, torch.zeros(20), "step 0 is no positive normal number"),
+        (1, torch.ones(19), "must have 20 float32 values"),
+        (2, torch.tensor([128], dtype=torch.int32), "zero point 128 does not fit 7 bits"),
+        (2, torch.ones(1), "followed by an int32 zero point"),
+    ):
+        params = [*p.params]
+        params[place] = value
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fxquant.rows(p.inputs, p.packed, params, p.registers, p.code, p.constants, p.outputs)
 
 
 @pytest.mark.parametrize("rows", [5, 60])

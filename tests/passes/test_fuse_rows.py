@@ -76,3 +76,25 @@ def test_what_is_written_in_place_stays_outside() -> None:
 
 def test_a_linear_alone_is_left() -> None:
     assert both(lambda x: FC1(x).exp(), torch.randn(3, 32)) == []
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a7"])
+@torch.no_grad()
+def test_static_linears_become_part_of_a_program(scheme: str) -> None:
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    x = torch.randn(2, 9, 32)
+    calibration = fxquant.calibrate(model, [x], scheme=scheme)
+    assert all(site.is_accurate for site in calibration.sites.values())
+    results = []
+    for codegen, chains in (("ops", False), ("ops", True), ("inductor", True)):
+        torch._dynamo.reset()
+        gc.collect()
+        options: Any = {"scheme": scheme, "codegen": codegen, "chains": chains, "calibration": calibration}
+        compiled = torch.compile(model, backend="fxquant", options=options)
+        results.append(compiled(x))
+        (graph,) = fxquant.report(compiled).graphs
+        assert [row.kernel for row in graph.sites if row.kind == "linear"] == ["linear_static"] * 2
+        titles = [row.title for row in graph.rewrites if row.rule == "rows"]
+        assert titles == (["1 layer_norm, 2 linear, 1 gelu  →  one row program"] if chains else [])
+    assert torch.equal(results[1], results[2])
+    assert (results[0] - results[1]).square().mean() <= 1e-5 * results[0].square().mean()
