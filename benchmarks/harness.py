@@ -18,7 +18,7 @@ Call = Callable[[], Any]
 SETTLE_S = 0.05  # the thread pools of ONNX Runtime, OpenVINO and OpenMP are asleep by then
 UNTIMED = 3
 TIMED = 3
-PEERS = ("onnxruntime", "openvino", "torchao", "transformers")
+PEERS = ("nncf", "onnxruntime", "openvino", "torchao", "transformers")
 
 
 @dataclass
@@ -66,9 +66,10 @@ def _seconds(call: Call) -> float:
     return time.perf_counter() - begin
 
 
-def cosine(a: Tensor, b: Tensor, kept: Tensor) -> float:
-    """Mean token cosine over the kept tokens."""
-    return float(torch.cosine_similarity(a, b, dim=-1)[kept].mean())
+def cosine(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
+    """Mean token cosine, over the tokens that the mask keeps."""
+    each = torch.cosine_similarity(a, b, dim=-1)
+    return float((each if mask is None else each[mask.bool()]).mean())
 
 
 def table(rows: list[Row], baseline: str) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from harness import Call, Row, measure
-from minilm import AVX2
+from models import AVX2
 from torch.nn.functional import linear
 
 import fxquant.ops  # noqa: F401 - defines the operators

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from harness import Call, measure
 from kernels import SHAPES, figures
-from minilm import AVX2
+from models import AVX2
 from torch.nn.functional import linear
 
 import fxquant.ops  # noqa: F401 - defines the operators

@@ -1,116 +1,153 @@
 """The runners of the comparison: each maker gives a call that returns the last hidden state, or raises ImportError."""
 
 import copy
+import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from models import Case
 from torch import Tensor, nn
 
 Run = Callable[[], Tensor]
-Inputs = dict[str, Tensor]
+Make = Callable[[nn.Module, Case], Run]
 
 
-class Encoder(nn.Module):
-    """The model as (input_ids, attention_mask) → hidden states, the form that exporters like."""
+class Positional(nn.Module):
+    """The model as named tensors in order → last hidden state, the form that exporters like."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.names = model, names
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+    def forward(self, *values: Tensor) -> Tensor:
+        hidden: Tensor = self.model(**dict(zip(self.names, values, strict=True)))[0]
         return hidden
 
 
-def eager(model: nn.Module, inputs: Inputs) -> Run:
-    return lambda: model(**inputs)[0]
+def eager(model: nn.Module, case: Case) -> Run:
+    return lambda: model(**case.inputs)[0]
 
 
-def inductor(model: nn.Module, inputs: Inputs, **patches: Any) -> Run:
-    compiled = torch.compile(model, options=patches or None)
-    return lambda: compiled(**inputs)[0]
+def inductor(model: nn.Module, case: Case) -> Run:
+    compiled = torch.compile(model)
+    return lambda: compiled(**case.inputs)[0]
 
 
-def freezing(model: nn.Module, inputs: Inputs) -> Run:
+def freezing(model: nn.Module, case: Case) -> Run:
     """Inductor with frozen weights. Dynamo reads the setting too, so it must stand globally: ``options=`` is not enough."""
     import torch._inductor.config as inductor_config
 
-    run = inductor(copy.deepcopy(model), inputs)
+    run = inductor(copy.deepcopy(model), case)
     with inductor_config.patch(freezing=True):  # type: ignore[attr-defined]
         run()
     return run
 
 
-def fxquant(options: dict[str, Any]) -> Callable[[nn.Module, Inputs], Run]:
-    def make(model: nn.Module, inputs: Inputs) -> Run:
+def fxquant(options: dict[str, Any]) -> Make:
+    def make(model: nn.Module, case: Case) -> Run:
         compiled = torch.compile(model, backend="fxquant", options=options)
-        return lambda: compiled(**inputs)[0]
+        return lambda: compiled(**case.inputs)[0]
 
     return make
 
 
-def torchao(model: nn.Module, inputs: Inputs) -> Run:
+def torchao(model: nn.Module, case: Case) -> Run:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantized = copy.deepcopy(model)
     quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
     compiled = torch.compile(quantized)
-    return lambda: compiled(**inputs)[0]
+    return lambda: compiled(**case.inputs)[0]
 
 
-def _export(model: nn.Module, inputs: Inputs, folder: Path) -> Path:
+def used(model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
+    """The inputs that an exported model keeps: ``token_type_ids`` are all zero, which is what BERT takes without them."""
+    known = inspect.signature(model.forward).parameters
+    return [name for name in inputs if name in known and name != "token_type_ids"]
+
+
+def _export(model: nn.Module, case: Case, folder: Path) -> Path:
     path = folder / "model.onnx"
-    args = (inputs["input_ids"], inputs["attention_mask"])
-    names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["hidden"]}
-    torch.onnx.export(Encoder(model).eval(), args, str(path), dynamo=True, external_data=False, verbose=False, **names)
+    names = used(model, case.inputs)
+    args = tuple(case.inputs[name] for name in names)
+    wrapped = Positional(model, names).eval()
+    keywords = {"input_names": names, "output_names": ["hidden"]}
+    torch.onnx.export(wrapped, args, str(path), dynamo=True, external_data=False, verbose=False, **keywords)
     return path
 
 
-def _session(path: Path, inputs: Inputs) -> Run:
+def _session(path: Path, case: Case) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {name: inputs[name].numpy() for name in ("input_ids", "attention_mask")}
+    feed = {each.name: case.inputs[each.name].numpy() for each in session.get_inputs()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def ort_fp32(model: nn.Module, inputs: Inputs) -> Run:
+def ort_fp32(model: nn.Module, case: Case) -> Run:
     import onnxruntime  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
-        return _session(_export(model, inputs, Path(folder)), inputs)
+        return _session(_export(model, case, Path(folder)), case)
 
 
-def ort_int8(model: nn.Module, inputs: Inputs) -> Run:
+def ort_int8(model: nn.Module, case: Case) -> Run:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as folder:
-        path = _export(model, inputs, Path(folder))
+        path = _export(model, case, Path(folder))
         quantized = Path(folder) / "int8.onnx"
         quantize_dynamic(str(path), str(quantized), weight_type=QuantType.QInt8, per_channel=True)
-        return _session(quantized, inputs)
+        return _session(quantized, case)
 
 
-def openvino(model: nn.Module, inputs: Inputs) -> Run:
+def openvino(model: nn.Module, case: Case) -> Run:
+    names = used(model, case.inputs)
+    return _openvino_run(_openvino_model(model, case, names), case, names)
+
+
+def openvino_int8(model: nn.Module, case: Case) -> Run:
+    """Static int8 by NNCF's post-training quantization, with its settings for transformers."""
+    import nncf
+
+    names = used(model, case.inputs)
+    batches = [[inputs[name].numpy() for name in names] for inputs in case.calibration]
+    quantized = nncf.quantize(
+        _openvino_model(model, case, names),
+        nncf.Dataset(batches),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(batches),
+    )
+    return _openvino_run(quantized, case, names)
+
+
+def _openvino_model(model: nn.Module, case: Case, names: list[str]) -> Any:
     import openvino as ov
 
-    args = (inputs["input_ids"], inputs["attention_mask"])
-    converted = ov.convert_model(Encoder(copy.deepcopy(model)).eval(), example_input=args)
+    args = tuple(case.inputs[name] for name in names)
+    shapes = [tuple(value.shape) for value in args]
+    return ov.convert_model(Positional(copy.deepcopy(model), names).eval(), example_input=args, input=shapes)
+
+
+def _openvino_run(converted: Any, case: Case, names: list[str]) -> Run:
+    import openvino as ov
+
     hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     compiled = ov.compile_model(converted, "CPU", hints)
-    feed = [value.numpy() for value in args]
+    feed = [case.inputs[name].numpy() for name in names]
     return lambda: torch.from_numpy(compiled(feed)[0])
 
 
-PEERS: dict[str, Callable[[nn.Module, Inputs], Run]] = {
+PEERS: dict[str, Make] = {
     "fxquant auto": fxquant({}),
     "fxquant w8a7": fxquant({"scheme": "w8a7"}),
     "fxquant w7a7": fxquant({"scheme": "w7a7"}),
+    "fxquant w6a6": fxquant({"scheme": "w6a6"}),
     "fxquant auto, ops": fxquant({"codegen": "ops"}),
     "eager": eager,
     "inductor": inductor,
@@ -118,5 +155,6 @@ PEERS: dict[str, Callable[[nn.Module, Inputs], Run]] = {
     "onnxruntime fp32": ort_fp32,
     "onnxruntime int8": ort_int8,
     "openvino fp32": openvino,
+    "openvino int8": openvino_int8,
     "torchao int8": torchao,
 }

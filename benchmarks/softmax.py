@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from harness import Call, measure
 from kernels import figures
-from minilm import AVX2
+from models import AVX2
 
 from fxquant.config import ISAS
 from fxquant.lowering.cpu.build import load_library

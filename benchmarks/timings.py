@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from harness import Call, machine, measure
 from kernels import figures
-from minilm import AVX2
+from models import AVX2
 from torch.nn.functional import linear
 
 import fxquant.ops  # noqa: F401 - defines the operators
