@@ -7,7 +7,6 @@
 //   add_exp(sum, x) = sum + e^x for x <= 0, of which the terms below e^-20 may lose two bits
 //   Weighted(f)(x) = f * e^x for x <= 0
 #pragma once
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -46,7 +45,7 @@ struct VectorScalar {
     n.v = static_cast<T>(whole);
   }
   static VectorScalar scaled(VectorScalar m, VectorScalar n) {
-    return {std::ldexp(m.v, static_cast<int>(std::max(n.v, T(-2000))))};
+    return {std::ldexp(m.v, static_cast<int>(max(n, set(-2000)).v))};  // not std::max: it keeps a NaN, which is no int
   }
   static VectorScalar exp(VectorScalar x) { return {static_cast<T>(std::exp(static_cast<double>(x.v)))}; }
   static VectorScalar exp_below(VectorScalar x) { return exp(x); }
