@@ -42,7 +42,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if linked.returncode or run(folder / "probe").returncode:
         pytest.skip(f"{compiler} has no AddressSanitizer (Debian: libasan comes with g++)")
     sources = {build.SOURCES / name: flags for name, flags in UNITS.items()}
-    sources |= {path: ("-O0",) for path in CASES.glob("*.cpp")}
+    sources |= dict.fromkeys(CASES.glob("*.cpp"), ("-O0",))
 
     def compile_one(source: Path) -> str:
         to = folder / f"{source.parent.name}-{source.stem}.o"
