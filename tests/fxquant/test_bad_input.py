@@ -24,7 +24,7 @@ def run(model: Any, *args: Any, **options: Any) -> Any:
     ("options", "message"),
     [
         ({"shceme": "w8a8"}, "unknown option 'shceme'; did you mean 'scheme'"),
-        ({"scheme": "w8a9"}, "unknown scheme 'w8a9'; did you mean"),
+        ({"scheme": "w8a9"}, "unknown scheme 'w8a9': no kernel"),
         ({"sites": {"haed": "float"}}, "the pattern 'haed' matches no site; nearest: 'head'"),
     ],
 )

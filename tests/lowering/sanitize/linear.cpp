@@ -43,9 +43,10 @@ void shape(Run& run, const Shape& s, int32_t w, int32_t a) {
         for (int64_t c = 0; c < j1 - j; c++) whole[(i + r) * ldo + j + c] = tile[r * (j1 - j) + c];
     }
   run.exact(label + " bias", whole);
-  const float scale = 1e-3f;
+  const Guarded<float> steps = run.buffer<float>(k);
+  for (int64_t i = 0; i < k; i++) steps[i] = 1e-3f * static_cast<float>(1 + i % 7);
   const int32_t zero_point = 1 << (a - 1);
-  fxquant_quantize_rows_static(x.data(), ldx, 0, m, k, w, a, &scale, &zero_point, scratch.data(), m);
+  fxquant_quantize_rows_static(x.data(), ldx, 0, m, k, w, a, steps.data(), &zero_point, scratch.data(), m);
   fxquant_linear_tile_int32(scratch.data(), m, packed.data(), 0, m, 0, n, sums.data(), n);
   run.exact(label + " static", sums);
 }
