@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from harness import SETTLE_S
-from minilm import AVX2
+from models import AVX2
 from torch.nn.functional import scaled_dot_product_attention
 
 import fxquant.ops  # noqa: F401 - defines the operators

@@ -12,7 +12,8 @@ import warnings
 import torch
 from harness import measure
 from kernels import figures
-from minilm import AVX2, SITE, held_out
+from minilm import held_out
+from models import AVX2, SITE
 from torch import nn
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from harness import measure
-from minilm import AVX2
+from models import AVX2
 from torch import Tensor
 from torch.nn.functional import kl_div, linear, log_softmax
 

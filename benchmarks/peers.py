@@ -37,13 +37,17 @@ def inductor(model: nn.Module, case: Case) -> Run:
 
 
 def freezing(model: nn.Module, case: Case) -> Run:
-    """Inductor with frozen weights. Dynamo reads the setting too, so it must stand globally: ``options=`` is not enough."""
+    """Inductor with frozen weights.
+
+    Dynamo reads the setting too, so it must stand globally. Without it in ``options=`` this would be the backend of the row
+    ``inductor``, and Dynamo would run the code that it made for that row, which takes the copied weights as inputs.
+    """
     import torch._inductor.config as inductor_config
 
-    run = inductor(copy.deepcopy(model), case)
+    compiled = torch.compile(copy.deepcopy(model), options={"freezing": True})
     with inductor_config.patch(freezing=True):  # type: ignore[attr-defined]
-        run()
-    return run
+        compiled(**case.inputs)
+    return lambda: compiled(**case.inputs)[0]
 
 
 def fxquant(options: dict[str, Any]) -> Make:
