@@ -22,6 +22,8 @@ from typing import Any
 import cpuid
 
 AVX2 = {
+    # A cache of its own: Inductor would run code that it wrote for AVX2 with AVX-512, and the other way round.
+    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"inductor-avx2-{os.getuid()}"),
     "FXQUANT_ISA": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",

@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import multiprocessing
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +118,30 @@ def openvino(model: nn.Module, case: Case) -> Run:
 
 
 def openvino_int8(model: nn.Module, case: Case) -> Run:
-    """Static int8 by NNCF's post-training quantization, with its settings for transformers."""
-    import nncf
+    """Static int8 by NNCF's post-training quantization.
+
+    NNCF runs in a process of its own: importing it patches torch for good, which the other runners must not meet.
+    """
+    import openvino as ov
 
     names = used(model, case.inputs)
     batches = [[inputs[name].numpy() for name in names] for inputs in case.calibration]
-    quantized = nncf.quantize(
-        _openvino_model(model, case, names),
-        nncf.Dataset(batches),
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(batches),
-    )
-    return _openvino_run(quantized, case, names)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = str(Path(folder) / "float.xml"), str(Path(folder) / "int8.xml")
+        ov.save_model(_openvino_model(model, case, names), paths[0], compress_to_fp16=False)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+            other.submit(_quantize, *paths, batches).result()
+        return _openvino_run(paths[1], case, names)
+
+
+def _quantize(source: str, target: str, batches: list[Any]) -> None:
+    """Quantize a saved OpenVINO model with NNCF's settings for transformers."""
+    import nncf
+    import openvino as ov
+
+    kind = nncf.ModelType.TRANSFORMER
+    made = nncf.quantize(ov.Core().read_model(source), nncf.Dataset(batches), model_type=kind, subset_size=len(batches))
+    ov.save_model(made, target)
 
 
 def _openvino_model(model: nn.Module, case: Case, names: list[str]) -> Any:

@@ -49,6 +49,7 @@ __all__ = [
     "track_tensor_tree",
     "tree_map",
     "user_post_grad_passes",
+    "vector_isa",
 ]
 
 SUPPORTED_TORCH = ("2.13",)
@@ -149,6 +150,13 @@ def make_salt_pass(value: str) -> Any:
             return value
 
     return Salt()
+
+
+def vector_isa() -> str:
+    """The vectors that Inductor writes C++ for, of which its cache keys know nothing; empty where it writes none."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return str(pick_vec_isa() or "")
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

@@ -1,6 +1,8 @@
-"""What Inductor's and AOTAutograd's caches must also know: the digest of our sources and the instruction set.
+"""What Inductor's and AOTAutograd's caches must also know: the digest of our sources and the instruction sets.
 
-Without it a changed kernel, rule or lowering would not be noticed and code of another build would be reused.
+Without it a changed kernel, rule or lowering would not be noticed and code of another build would be reused. Inductor's own
+vectors (``ATEN_CPU_CAPABILITY`` narrows them) are missing in its key too: code written for 8 floats and compiled for 16
+writes past the end of its buffers.
 """
 
 import functools
@@ -8,13 +10,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from fxquant._compat import make_salt_pass, user_post_grad_passes
+from fxquant._compat import make_salt_pass, user_post_grad_passes, vector_isa
 
 
 def cache_salt(isa: str, user_patches: dict[str, Any]) -> dict[str, Any]:
     """The Inductor config patches of one compilation: the user's own, with our salt added to the cache keys."""
     passes = user_post_grad_passes(user_patches)
-    return {**user_patches, "post_grad_custom_pre_pass": [*passes, make_salt_pass(f"{source_digest()}-{isa}")]}
+    salt = make_salt_pass(f"{source_digest()}-{isa}-{vector_isa()}")
+    return {**user_patches, "post_grad_custom_pre_pass": [*passes, salt]}
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def test_the_entry_point_is_installed() -> None:
 
 def test_the_salt_enters_the_cache_key() -> None:
     (salt,) = cache_salt("avx2", {})["post_grad_custom_pre_pass"]
-    assert salt.uuid() == f"{source_digest()}-avx2"
+    assert salt.uuid() == f"{source_digest()}-avx2-{_compat.vector_isa()}"
     assert cache_salt("avx2", {"max_autotune": True})["max_autotune"] is True
 
 

@@ -117,3 +117,10 @@ def test_a_warm_start_hits_the_cache_and_gives_the_same_bits(tmp_path: Path) -> 
     assert warm[2] == cold[2]
     assert in_new_process(tmp_path, "w8a7")[:2] == (0, 1)
     assert in_new_process(tmp_path, "w8a8", FXQUANT_ISA="scalar")[:2] == (0, 1)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="needs a CPU for which Inductor can write two widths")
+def test_code_for_other_vectors_is_no_cache_hit(tmp_path: Path) -> None:
+    """Inductor's own key lacks their width: code written in steps of 8 floats and compiled for 16 overruns its buffers."""
+    assert in_new_process(tmp_path, "w8a8", ATEN_CPU_CAPABILITY="avx2")[:2] == (0, 1)
+    assert in_new_process(tmp_path, "w8a8", ATEN_CPU_CAPABILITY="avx512")[:2] == (0, 1)
