@@ -91,7 +91,8 @@ static void on_sigill(int number, siginfo_t *info, void *context) {
 static void install(void) {
     static int installed;
     if (installed) return;
-    struct sigaction ours = {.sa_sigaction = on_sigill, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+    /* No SA_ONSTACK: delivery on an alternate stack that someone else set ended in SIGSEGV at an OpenVINO plugin loaded anew. */
+    struct sigaction ours = {.sa_sigaction = on_sigill, .sa_flags = SA_SIGINFO};
     installed = sigaction(SIGILL, &ours, &former) == 0;
 }
 
