@@ -1,24 +1,18 @@
 // The attention operator on torch's stable ABI. Its schema is defined in Python (fxquant/ops/attention.py).
 #include "attention.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace fxquant;
 
 namespace {
-
-Tensor unit_stride(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
-}
 
 // Batch, head and row strides; a tensor of three dimensions has one head.
 void strides_of(const Tensor& x, int64_t* to) {
@@ -58,7 +52,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, st
                   "fxquant::attention: query, key and value must have 3 or 4 dimensions");
   for (const Tensor* x : {&query, &key, &value})
     STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float, "fxquant::attention: query, key and value must be float32");
-  const Tensor q = unit_stride(query), k = unit_stride(key), v = unit_stride(value);
+  const Tensor q = with_dense_rows(query), k = with_dense_rows(key), v = with_dense_rows(value);
   fxquant_attention_problem p{};
   p.batch = q.size(0), p.heads = wide ? q.size(1) : 1, p.kv_heads = wide ? k.size(1) : 1;
   p.queries = q.size(dims - 2), p.keys = k.size(dims - 2), p.depth = q.size(dims - 1), p.value_depth = v.size(dims - 1);

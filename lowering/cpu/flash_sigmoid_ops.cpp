@@ -1,24 +1,18 @@
 // The sigmoid attention operators on torch's stable ABI. Schemas are defined in Python (fxquant/ops/sigmoid_attention.py).
 #include "flash_sigmoid.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace fxquant;
 
 namespace {
-
-Tensor with_dense_rows(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
-}
 
 // q, k, v and mask as heads of up to two leading dimensions.
 struct Problem {
@@ -101,12 +95,7 @@ struct Problem {
 
   int64_t heads() const { return outer * inner; }
 
-  std::vector<int64_t> out_sizes() const {
-    std::vector<int64_t> sizes;
-    for (int64_t i = 0; i + 1 < q.dim(); i++) sizes.push_back(q.size(i));
-    sizes.push_back(shared.e);
-    return sizes;
-  }
+  std::vector<int64_t> out_sizes() const { return sizes_with_last(q, shared.e); }
 };
 
 Tensor sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> mask,

@@ -1,30 +1,19 @@
 // The float linear on torch's stable ABI. Schemas are defined in Python (fxquant/ops/linear_float.py).
 #include "linear_float.h"
 #include "linear_float_layout.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
 #include <vector>
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace fxquant;
 
 namespace {
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 void check(const Tensor& x, const Tensor& packed, int64_t n) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "fxquant::linear_float: the input must be float32");
@@ -45,17 +34,9 @@ void check(const Tensor& x, const Tensor& packed, int64_t n) {
 Tensor linear_float(const Tensor& input, const Tensor& packed, std::optional<Tensor> bias, int64_t out_features) {
   check(input, packed, out_features);
   const Tensor x = as_contiguous(input);
-  std::optional<Tensor> added;
-  if (bias) {
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && bias->size(0) == out_features,
-                    "fxquant::linear_float: the bias must be float32 of ", out_features, " values");
-    added = as_contiguous(*bias);
-  }
+  const std::optional<Tensor> added = checked_bias(bias, out_features, "fxquant::linear_float");
   const int64_t k = x.size(x.dim() - 1), m = x.numel() / k, n = out_features;
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d + 1 < x.dim(); d++) sizes.push_back(x.size(d));
-  sizes.push_back(n);
-  Tensor out = torch::stable::new_empty(x, sizes);
+  Tensor out = torch::stable::new_empty(x, sizes_with_last(x, n));
   if (m == 0) return out;
   const float* b = added ? data<float>(*added) : nullptr;
   int64_t rows = 0, columns = 0;

@@ -2,10 +2,10 @@
 #include "isa.h"
 #include "layout.h"
 #include "linear.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,20 +16,9 @@
 #include <tuple>
 #include <vector>
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace fxquant;
 
 namespace {
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 void check_scheme(int64_t weight_bits, int64_t act_bits) {
   STD_TORCH_CHECK(is_width(weight_bits) && is_width(act_bits), "fxquant: no kernel for w", weight_bits, "a", act_bits,
@@ -64,12 +53,7 @@ struct Problem {
     m = k == 0 ? 0 : x.numel() / k;
   }
 
-  std::vector<int64_t> out_sizes() const {
-    std::vector<int64_t> sizes;
-    for (int64_t d = 0; d + 1 < x.dim(); d++) sizes.push_back(x.size(d));
-    sizes.push_back(n);
-    return sizes;
-  }
+  std::vector<int64_t> out_sizes() const { return sizes_with_last(x, n); }
 
   // Scratch memory with the rows quantized by given steps [k], or (null) by the qparams of each row.
   std::unique_ptr<uint8_t[]> quantize(const float* steps = nullptr, const int32_t* zero_point = nullptr) const {
@@ -102,13 +86,7 @@ struct Problem {
 
 // The whole linear with given steps [k], or (null) with the qparams of each row.
 Tensor linear(const Problem& problem, const std::optional<Tensor>& bias, const float* steps, const int32_t* zero_point) {
-  std::optional<Tensor> added;
-  if (bias) {
-    const int64_t out_features = problem.n;
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && bias->size(0) == out_features,
-                    "fxquant: the bias must be float32 of ", out_features, " values");
-    added = as_contiguous(*bias);
-  }
+  const std::optional<Tensor> added = checked_bias(bias, problem.n, "fxquant");
   const float* b = added ? data<float>(*added) : nullptr;
   Tensor out = torch::stable::new_empty(problem.x, problem.out_sizes());
   if (problem.m == 0) return out;

@@ -3,10 +3,10 @@
 #include "linear.h"
 #include "lut.h"
 #include "lut_layout.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstring>
@@ -14,20 +14,9 @@
 #include <optional>
 #include <vector>
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace fxquant;
 
 namespace {
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 void check_bits(int64_t act_bits) {
   STD_TORCH_CHECK(act_bits >= 2 && act_bits <= kLutMaxActBits, "fxquant: look-ups take activations of 2 to ", kLutMaxActBits,
@@ -61,12 +50,7 @@ struct Problem {
     m = k == 0 ? 0 : x.numel() / k;
   }
 
-  std::vector<int64_t> out_sizes() const {
-    std::vector<int64_t> sizes;
-    for (int64_t d = 0; d + 1 < x.dim(); d++) sizes.push_back(x.size(d));
-    sizes.push_back(n);
-    return sizes;
-  }
+  std::vector<int64_t> out_sizes() const { return sizes_with_last(x, n); }
 
   std::unique_ptr<uint8_t[]> quantize() const {
     std::unique_ptr<uint8_t[]> scratch(new uint8_t[fxquant_linear_scratch_bytes(m, k, 2, act_bits)]);
@@ -95,12 +79,7 @@ struct Problem {
 
 Tensor linear_lut(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, int64_t out_features, int64_t act_bits) {
   const Problem problem(x, packed, out_features, act_bits);
-  std::optional<Tensor> added;
-  if (bias) {
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && bias->size(0) == out_features,
-                    "fxquant::linear_lut: the bias must be float32 of ", out_features, " values");
-    added = as_contiguous(*bias);
-  }
+  const std::optional<Tensor> added = checked_bias(bias, out_features, "fxquant::linear_lut");
   const float* b = added ? data<float>(*added) : nullptr;
   Tensor out = torch::stable::new_empty(problem.x, problem.out_sizes());
   if (problem.m == 0) return out;

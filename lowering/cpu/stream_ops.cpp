@@ -2,10 +2,10 @@
 #include "stream.h"
 
 #include "stream_layout.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstring>
@@ -14,8 +14,6 @@
 #include <tuple>
 #include <vector>
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace fxquant;
 using namespace fxquant::stream;
 
@@ -23,15 +21,6 @@ namespace {
 
 // A thread that reads less than this from memory costs more to wake than it saves.
 constexpr int64_t kBytesPerThread = 32768;
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 void check_format(int64_t weight_bits, int64_t act_bits, int64_t group) {
   const bool is_float = act_bits == 16 && (weight_bits == 2 || weight_bits == 4 || weight_bits == 8);
@@ -71,12 +60,7 @@ struct Problem {
     m = x.numel() / k;
   }
 
-  std::vector<int64_t> out_sizes() const {
-    std::vector<int64_t> sizes;
-    for (int64_t d = 0; d + 1 < x.dim(); d++) sizes.push_back(x.size(d));
-    sizes.push_back(n);
-    return sizes;
-  }
+  std::vector<int64_t> out_sizes() const { return sizes_with_last(x, n); }
 
   std::unique_ptr<uint8_t[]> prepare() const {
     std::unique_ptr<uint8_t[]> scratch(new uint8_t[fxquant_stream_scratch_bytes(packed, m)]);
@@ -91,12 +75,7 @@ struct Problem {
 Tensor linear_stream(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, int64_t out_features,
                      int64_t weight_bits, int64_t act_bits, int64_t group) {
   const Problem problem(x, packed, out_features, weight_bits, act_bits, group);
-  std::optional<Tensor> added;
-  if (bias) {
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && bias->size(0) == out_features,
-                    "fxquant::linear_stream: the bias must be float32 of ", out_features, " values");
-    added = as_contiguous(*bias);
-  }
+  const std::optional<Tensor> added = checked_bias(bias, out_features, "fxquant::linear_stream");
   const float* b = added ? data<float>(*added) : nullptr;
   Tensor out = torch::stable::new_empty(problem.x, problem.out_sizes());
   if (problem.m == 0) return out;
