@@ -17,7 +17,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, optimization_hint
+from torch.fx.experimental.symbolic_shapes import has_guarding_hint, optimization_hint
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map
 
@@ -95,10 +95,7 @@ def frame_fields() -> dict[str, Any]:
 
 def size_hint(size: int | torch.SymInt) -> int | None:
     """A size of the call that is being compiled, without a guard on it; None where only the data decide it."""
-    try:
-        return int(optimization_hint(size))
-    except GuardOnDataDependentSymNode:
-        return None
+    return int(optimization_hint(size)) if has_guarding_hint(size) else None
 
 
 def frame_values() -> tuple[Any, ...]:

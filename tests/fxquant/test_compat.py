@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxquant
 from fxquant import _compat
@@ -76,3 +77,9 @@ def test_importing_fxquant_is_light() -> None:
 def test_the_public_names_are_exactly_those_listed() -> None:
     public = {n for n in vars(fxquant) if not n.startswith("_") and not isinstance(vars(fxquant)[n], type(sys))}
     assert public == set(fxquant.__all__)
+
+
+def test_a_size_that_only_the_data_decide_has_no_hint() -> None:
+    shapes = ShapeEnv()
+    assert _compat.size_hint(7) == 7
+    assert _compat.size_hint(shapes.create_unbacked_symint()) is None
