@@ -1,6 +1,5 @@
 """What a user calls: explain, report, calibrate and refresh."""
 
-import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ def explain(model: Callable[..., Any], /, *args: Any, options: object = None, **
         ReportError: Dynamo captured no graph at all.
     """
     from fxquant.backend import dry_run
+    from fxquant.capture import compiled_call
     from fxquant.reporting.report import Report
     from fxquant.tracker import CompiledGraph
 
@@ -39,11 +39,8 @@ def explain(model: Callable[..., Any], /, *args: Any, options: object = None, **
         forward: Callable[..., Any] = gm.forward
         return forward
 
-    target = getattr(model, "_orig_mod", model)
-    # Dynamo keeps its cache on code objects: a fresh copy leaves the model's own compiled code alone.
-    call = types.FunctionType(_call.__code__.replace(), _call.__globals__)
     with torch.no_grad():
-        torch.compile(call, backend=backend)(target, args, kwargs)
+        compiled_call(model, backend)(args, kwargs)
     if not graphs:
         raise ReportError("explain: Dynamo captured no graph; there is no tensor operation it could read")
     return Report(tuple(graph.record for graph in graphs))
@@ -104,10 +101,6 @@ def refresh(model: torch.nn.Module) -> None:
     ids = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     for graph in tracker().graphs():
         graph.forget(ids)
-
-
-def _call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return target(*args, **kwargs)
 
 
 def _parameter_names(module: torch.nn.Module) -> dict[int, str]:

@@ -5,6 +5,7 @@ in torch.export, so passes serve both. Weights are placeholders: those that are 
 which the graph does not write) and every value computed from them alone carry ``meta["fxquant_frozen"]``.
 """
 
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,19 @@ class Captured:
 
     gm: fx.GraphModule
     fake_mode: FakeTensorMode
+
+
+def compiled_call(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """``(args, kwargs) → model(*args, **kwargs)`` through a Dynamo backend; the model's own compiled code is left alone."""
+    target = getattr(model, "_orig_mod", model)
+    # Dynamo keeps its cache on code objects, so this call gets one of its own.
+    call = types.FunctionType(_call.__code__.replace(), _call.__globals__)
+    compiled = torch.compile(call, backend=backend)
+    return lambda args, kwargs: compiled(target, args, kwargs)
+
+
+def _call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return target(*args, **kwargs)
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:

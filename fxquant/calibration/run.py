@@ -1,6 +1,5 @@
 """fxquant.calibrate: data through the recognised float graph, observers at the inputs of linears."""
 
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from fxquant.binding import frozen_value
 from fxquant.calibration.calibration import Calibration, SiteCalibration
 from fxquant.calibration.observer import MinMaxObserver
 from fxquant.calibration.qparams import choose_qparams
+from fxquant.capture import compiled_call
 from fxquant.config import FxQuantConfig, resolve_options
 from fxquant.errors import CalibrationError
 from fxquant.lowering.isa import current_isa
@@ -31,13 +31,11 @@ def run(model: Callable[..., Any], batches: Iterable[Any], scheme: str, method: 
         raise CalibrationError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     config = resolve_options({**_as_dict(options), "scheme": scheme, "calibration": None})
     recorder = _Recorder(config)
-    target = getattr(model, "_orig_mod", model)
-    call = types.FunctionType(_call.__code__.replace(), _call.__globals__)  # a code object of its own for Dynamo's cache
-    compiled = torch.compile(call, backend=recorder.backend)
+    call = compiled_call(model, recorder.backend)
     count = 0
     with torch.no_grad():
         for batch in batches:
-            compiled(target, *_arguments(batch))
+            call(*_arguments(batch))
             count += 1
     if count == 0:
         raise CalibrationError("there is no batch to calibrate on")
@@ -59,15 +57,14 @@ class _Recorder:
         """A Dynamo backend whose graphs run in float and report the inputs of their linears."""
         graph = CompiledGraph(gm, example_inputs, self._config, current_isa())
         captured = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
-        linears = {node: sites[0] for node, sites in find_sites(captured.gm.graph).items() if self._takes(node, sites[0])}
-        for node, site in linears.items():
-            self._observers.setdefault(site.name, MinMaxObserver(site.name))
-            scheme = resolve_scheme(setting_for(site, self._config), current_isa())
-            assert isinstance(scheme, Scheme)
-            weight = frozen_value(node.args[1])(example_inputs)  # type: ignore[arg-type]
-            self._weights[site.name] = (weight, scheme)
-        interpreter = _Observing(captured.gm, {node: self._observers[site.name] for node, site in linears.items()})
-        return lambda *args: interpreter.run(*args)
+        observing = {}
+        for node, (site, *_) in find_sites(captured.gm.graph).items():
+            scheme = self._scheme(node, site)
+            if scheme is not None:
+                weight = frozen_value(node.args[1])(example_inputs)  # type: ignore[arg-type]
+                self._weights[site.name] = (weight, scheme)
+                observing[node] = self._observers.setdefault(site.name, MinMaxObserver(site.name))
+        return _Observing(captured.gm, observing).run
 
     def finish(self) -> dict[str, SiteCalibration]:
         """The qparams of every site that saw data."""
@@ -80,12 +77,13 @@ class _Recorder:
                 found[name] = SiteCalibration(qparams, str(scheme), (weight.shape[0], weight.shape[1]))
         return found
 
-    def _takes(self, node: fx.Node, site: Site) -> bool:
+    def _scheme(self, node: fx.Node, site: Site) -> Scheme | None:
+        """The scheme that a linear would have; None where it stays float."""
         x, weight = (*node.args, None)[:2]
         if site.kind != "linear" or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
-            return False
+            return None
         scheme = resolve_scheme(setting_for(site, self._config), current_isa())
-        return isinstance(scheme, Scheme) and all(holds for _, holds in conditions(x, weight))
+        return scheme if isinstance(scheme, Scheme) and all(holds for _, holds in conditions(x, weight)) else None
 
 
 class _Observing(fx.Interpreter):
@@ -101,10 +99,6 @@ class _Observing(fx.Interpreter):
             args, _ = self.fetch_args_kwargs_from_env(n)
             self._observing[n].observe(args[0])
         return super().run_node(n)
-
-
-def _call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return target(*args, **kwargs)
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

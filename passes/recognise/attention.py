@@ -16,7 +16,7 @@ from fxquant.passes.recognise.finite import is_finite
 from fxquant.passes.rule import REAL, Rule, Samples, lemma
 
 # Scores of q and kᵀ (bound as it stands, whatever view made it), with the scale in any of its places.
-_SCORES: dict[str, Callable[..., Any]] = {
+SCORES: dict[str, Callable[..., Any]] = {
     "plain": lambda q, kt, s: torch.matmul(q, kt),
     "mul": lambda q, kt, s: torch.matmul(q, kt) * s,
     "mul q": lambda q, kt, s: torch.matmul(q * s, kt),
@@ -25,7 +25,7 @@ _SCORES: dict[str, Callable[..., Any]] = {
     "div": lambda q, kt, s: torch.matmul(q, kt) / s,
     "div q": lambda q, kt, s: torch.matmul(q / s, kt),
 }
-_SCALE: dict[str, Callable[[float], float]] = {
+SCALE: dict[str, Callable[[float], float]] = {
     "plain": lambda s: 1.0,
     "mul": lambda s: s,
     "mul q": lambda s: s,
@@ -37,7 +37,7 @@ _SCALE: dict[str, Callable[[float], float]] = {
 
 
 def _rule(place: str) -> Rule:
-    scores, factor = _SCORES[place], _SCALE[place]
+    scores, factor = SCORES[place], SCALE[place]
 
     def pattern(q: Any, kt: Any, v: Any, s: Any, wide: Any) -> Any:
         return torch.matmul(torch.softmax(scores(q, kt, s), -1, wide), v)
@@ -115,4 +115,4 @@ NEAR_MISSES: dict[str, dict[str, Any]] = {
     "the mask must not widen the scores": {"q": "b h one d", "mask": "n m"},
     _HIDDEN: {"mask": "n m"},
 }
-RULES = tuple(_rule(place) for place in _SCORES)
+RULES = tuple(_rule(place) for place in SCORES)

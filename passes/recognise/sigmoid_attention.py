@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxquant import ops
 from fxquant.passes.match import Match
-from fxquant.passes.recognise.attention import _SCALE, _SCORES
+from fxquant.passes.recognise.attention import SCALE, SCORES
 from fxquant.passes.rule import REAL, Rule, Samples, lemma
 
 OPERATORS = ops.LIBRARY  # importing ops defines the operator
@@ -20,7 +20,7 @@ HIDDEN = -104.0  # from here down the sigmoid of a float32 rounds to 0
 
 
 def _rule(place: str) -> Rule:
-    scores, factor = _SCORES[place], _SCALE[place]
+    scores, factor = SCORES[place], SCALE[place]
 
     def pattern(q: Any, kt: Any, v: Any, s: Any, shift: Any) -> Any:
         return torch.matmul(torch.sigmoid(scores(q, kt, s) - shift), v)
@@ -155,4 +155,4 @@ NEAR_MISSES: dict[str, dict[str, Any]] = {
     _BOOLEAN: {"hidden": torch.ones(5, dtype=torch.bool)},
     _FILL: {"hidden": torch.bool, "fill": -2.0},
 }
-RULES = tuple(_rule(place) for place in _SCORES)
+RULES = tuple(_rule(place) for place in SCORES)

@@ -1,8 +1,6 @@
 """Every instruction set's kernels against the reference: the same codes, the same sums, the same float bits."""
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,12 +12,11 @@ import fxquant.ops
 from fxquant import reference
 from fxquant.config import ISAS
 from fxquant.lowering.cpu.build import library_path
-from fxquant.lowering.isa import available_isas
 from fxquant.lowering.pack import pack_linear
 from fxquant.schemes import PANEL_SCHEMES, SCHEMES, Scheme
+from fxquant.testing.kernels import LEVELS, at_most
 
 assert fxquant.ops.LIBRARY is not None
-LEVELS = [ISAS.index(isa) for isa in available_isas()]
 ALL_SCHEMES = list(PANEL_SCHEMES.values())
 # One a class: 16 bits, 15 bits with the wider operand on either side, and fewer bits with ever longer segments.
 CLASSES = [SCHEMES[name] for name in ("w8a8", "w8a7", "w7a8", "w7a7", "w6a8", "w8a5", "w6a6", "w4a8", "w4a4")]
@@ -56,18 +53,6 @@ def assert_same(x: Tensor, weight: Tensor, scheme: Scheme, bias: Tensor | None =
             y = torch.ops.fxquant.linear_dynamic(x, packed, bias, n, *bits)
         assert torch.equal(y.isnan(), wanted.isnan()), f"{ISAS[isa]}, {scheme}, {tuple(x.shape)} x {n}: NaN"
         assert torch.equal(y.nan_to_num(), wanted.nan_to_num()), f"{ISAS[isa]}, {scheme}, {tuple(x.shape)} x {n}: values"
-
-
-@contextmanager
-def at_most(isa: int) -> Iterator[None]:
-    """Kernels of one instruction set, then the former ones."""
-    library = ctypes.CDLL(str(library_path()))
-    before = library.fxquant_isa()
-    assert library.fxquant_set_isa(isa) == isa
-    try:
-        yield
-    finally:
-        library.fxquant_set_isa(before)
 
 
 # Every shape with w8a8 and with three other schemes, so that every scheme comes by.

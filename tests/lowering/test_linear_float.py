@@ -1,8 +1,6 @@
 """The float linear on every instruction set: as close to float64 as F.linear is, and nothing but its tile is written."""
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,11 +11,9 @@ from torch.nn.functional import linear
 
 import fxquant.ops
 from fxquant.config import ISAS
-from fxquant.lowering.cpu.build import library_path
-from fxquant.lowering.isa import available_isas
+from fxquant.testing.kernels import LEVELS, at_most
 
 assert fxquant.ops.LIBRARY is not None
-LEVELS = [ISAS.index(isa) for isa in available_isas()]
 SHAPES = [
     (1, 1, 1),  # one element
     (1, 17, 3),  # one row, ragged panel
@@ -31,18 +27,6 @@ SHAPES = [
     (140, 300, 800),  # more than one tile of rows and columns, three chunks
 ]
 EPS = torch.finfo(torch.float32).eps
-
-
-@contextmanager
-def at_most(isa: int) -> Iterator[ctypes.CDLL]:
-    """Kernels of one instruction set, then the former ones."""
-    library = ctypes.CDLL(str(library_path()))
-    before = library.fxquant_isa()
-    assert library.fxquant_set_isa(isa) == isa
-    try:
-        yield library
-    finally:
-        library.fxquant_set_isa(before)
 
 
 def assert_close(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,8 +1,6 @@
 """2-bit weights by table look-up: every instruction set against the reference, the same sums and the same float bits."""
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,13 +14,11 @@ import fxquant.ops
 from fxquant import reference
 from fxquant.config import ISAS
 from fxquant.linear_formats import LUT, format_of
-from fxquant.lowering.cpu.build import library_path
-from fxquant.lowering.isa import available_isas
 from fxquant.lowering.pack import pack_linear
 from fxquant.schemes import SCHEMES, Scheme
+from fxquant.testing.kernels import LEVELS, at_most
 
 assert fxquant.ops.LIBRARY is not None
-LEVELS = [ISAS.index(isa) for isa in available_isas()]
 ACT_BITS = (2, 3, 4, 5, 6)
 SHAPES = [
     (1, 1, 1),  # one element
@@ -38,18 +34,6 @@ SHAPES = [
     (17, 300, 1100),  # more panels than are kept, three chunks
     (100, 130, 64),
 ]
-
-
-@contextmanager
-def at_most(isa: int) -> Iterator[ctypes.CDLL]:
-    """Kernels of one instruction set, then the former ones."""
-    library = ctypes.CDLL(str(library_path()))
-    before = library.fxquant_isa()
-    assert library.fxquant_set_isa(isa) == isa
-    try:
-        yield library
-    finally:
-        library.fxquant_set_isa(before)
 
 
 def ternary(n: int, k: int) -> Tensor:

@@ -1,9 +1,7 @@
 """Sigmoid attention, forward and backward, on every instruction set: worked examples, float64, masks, finite differences."""
 
-import ctypes
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,9 +10,8 @@ from torch import Tensor
 import fxquant
 import fxquant.ops
 from fxquant.config import ISAS
-from fxquant.lowering.cpu.build import library_path
-from fxquant.lowering.isa import available_isas
 from fxquant.reference.sigmoid_attention import sigmoid_attention
+from fxquant.testing.kernels import LEVELS, at_most
 
 assert fxquant.ops.LIBRARY is not None
 OP = torch.ops.fxquant.sigmoid_attention
@@ -22,20 +19,7 @@ Q = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
 K = torch.tensor([[1.0, 0], [0, 2], [-1, 1]])
 V = torch.tensor([[1.0, 2], [3, 4], [5, 6]])
 SCALE, BIAS = 1 / math.sqrt(2), -math.log(3)
-LEVELS = [ISAS.index(isa) for isa in available_isas()]
 every_isa = pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: str(ISAS[isa]))
-
-
-@contextmanager
-def at_most(isa: int) -> Iterator[None]:
-    """Kernels of one instruction set, then the former ones."""
-    library = ctypes.CDLL(str(library_path()))
-    before = library.fxquant_isa()
-    assert library.fxquant_set_isa(isa) == isa
-    try:
-        yield
-    finally:
-        library.fxquant_set_isa(before)
 
 
 def heads(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:

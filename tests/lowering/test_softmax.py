@@ -2,8 +2,6 @@
 
 import ctypes
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,26 +9,13 @@ from torch import Tensor
 
 from fxquant.config import ISAS
 from fxquant.lowering.cpu.build import library_path
-from fxquant.lowering.isa import available_isas
 from fxquant.ops import BLOCKED, THREE_PASS, TWO_PASS
 from fxquant.reference.softmax import extended_exp, softmax, sum_pairs
+from fxquant.testing.kernels import LEVELS, at_most
 
-LEVELS = [ISAS.index(isa) for isa in available_isas()]
 FORMS = (THREE_PASS, TWO_PASS, BLOCKED)
 INF, NAN = math.inf, math.nan
 every_isa = pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: str(ISAS[isa]))
-
-
-@contextmanager
-def at_most(isa: int) -> Iterator[ctypes.CDLL]:
-    """The library with kernels of one instruction set, then the former ones."""
-    library = ctypes.CDLL(str(library_path()))
-    before = library.fxquant_isa()
-    assert library.fxquant_set_isa(isa) == isa
-    try:
-        yield library
-    finally:
-        library.fxquant_set_isa(before)
 
 
 def run(x: Tensor, form: int, log: bool = False) -> Tensor:

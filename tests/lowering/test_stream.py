@@ -1,8 +1,6 @@
 """Decode kernels of every instruction set against the reference: exact codes and sums, the same float bits or a bound."""
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,11 +13,10 @@ from fxquant import reference
 from fxquant.config import ISAS
 from fxquant.errors import PackError
 from fxquant.lowering.cpu.build import library_path
-from fxquant.lowering.isa import available_isas
 from fxquant.lowering.pack import pack_linear, round_weight
 from fxquant.schemes import GROUPED, GROUPS, WEIGHT_ONLY_SCHEMES, Scheme, parse_scheme
+from fxquant.testing.kernels import LEVELS, at_most
 
-LEVELS = [ISAS.index(isa) for isa in available_isas()]
 NAMES = [
     *WEIGHT_ONLY_SCHEMES,
     "w4a16-g64",
@@ -44,18 +41,6 @@ SHAPES = [
     (13, 16, 1000),  # more than one row block of the widest kernels
     (130, 20, 70),  # more than one block of rows
 ]
-
-
-@contextmanager
-def at_most(isa: int) -> Iterator[None]:
-    """Kernels of one instruction set, then the former ones."""
-    library = ctypes.CDLL(str(library_path()))
-    before = library.fxquant_isa()
-    assert library.fxquant_set_isa(isa) == isa
-    try:
-        yield
-    finally:
-        library.fxquant_set_isa(before)
 
 
 def run(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, scheme: Scheme) -> Tensor:
