@@ -77,23 +77,27 @@ def steady_grid(seconds: float, end: float) -> tuple[Grid, dict[Point, str]]:
             return grid, {}
         grid[point] = times(*point, seconds)
         show(point, grid)
-    accepted: set[Point] = set()
+    accepted: set[tuple[Point, str]] = set()
     while (left := doubts(grid, accepted)) and time.monotonic() < end:
         for point in left:
             if time.monotonic() > end:
                 break
             again = times(*point, seconds)
-            if confirmed(grid[point], again):
-                accepted.add(point)
+            accepted |= {(point, name) for name, spent in again.items() if confirmed(grid[point][name], spent)}
             grid[point] = {name: spent.best(again[name]) for name, spent in grid[point].items()}
             show(point, grid)
     return grid, doubts(grid, accepted)
 
 
-def doubts(grid: Grid, accepted: set[Point]) -> dict[Point, str]:
-    """Point → why it is to be measured again; the neighbours of an accepted one have no say."""
-    found = {point: "its neighbours on the grid disagree" for name in RUNNERS for point in jumps(AXES, column(grid, name))}
-    found = {point: why for point, why in found.items() if point not in accepted}
+def doubts(grid: Grid, accepted: set[tuple[Point, str]]) -> dict[Point, str]:
+    """Point → why it is to be measured again. Neighbours have no say about a time that a second measurement confirmed."""
+    off = {name: jumps(AXES, column(grid, name)) for name in RUNNERS}
+    found = {
+        point: f"its neighbours disagree about {name}"
+        for name in RUNNERS
+        for point in off[name]
+        if (point, name) not in accepted
+    }
     return found | dict.fromkeys(busy_points(grid), "the machine was busy")
 
 
