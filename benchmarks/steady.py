@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 Point = tuple[int, ...]
 GAUGE = "gauge"
-BUSY = 1.3  # the gauge's percentile at a point over its fastest sample anywhere
+BUSY = 1.2  # the gauge's percentile at a point over its fastest sample anywhere; quiet, it varies by 4 %
 JUMP = 1.5  # the time of a point over what its neighbours along an axis say
 AGREE = 1.15  # two measurements that confirm each other
 

@@ -4,8 +4,7 @@ Microseconds of F.linear, of our float kernel and of schemes on a grid of sizes,
 call is the 15th percentile of its times, for all sides alike. ``--isa avx2`` holds torch, oneDNN and MKL to AVX2 too.
 
 A point is measured again while the machine was busy around it, or its neighbours on the grid disagree and no second
-measurement has confirmed it (steady.py). Where too many such points are left after ``--minutes``, nothing is written. It
-takes two minutes on two quiet cores, and about ``--minutes`` at most.
+measurement has confirmed it (steady.py). Where too many such points are left after ``--minutes``, nothing is written.
 """
 
 import argparse
@@ -40,6 +39,7 @@ AXES = (ROWS, FEATURES, FEATURES)
 POINTS = math.prod(map(len, AXES))
 MEASURED = ("w8a8", "w8a7", "w7a7", "w6a6")  # those of auto, and two that are often asked for
 RUNNERS = (FLOAT, OWN_FLOAT, *MEASURED)
+BUSY_MACHINE = "the machine was busy"
 GAUGE_SIZE = (64, 256, 256)
 DOUBTFUL = 0.05  # of all points may be left unsteady: a wrong time of one point misleads few sites
 
@@ -79,7 +79,8 @@ def steady_grid(seconds: float, end: float) -> tuple[Grid, dict[Point, str]]:
         show(point, grid)
     accepted: set[tuple[Point, str]] = set()
     while (left := doubts(grid, accepted)) and time.monotonic() < end:
-        for point in left:
+        busy = [point for point, why in left.items() if why == BUSY_MACHINE]  # first: their neighbours are blamed for them
+        for point in busy or left:
             if time.monotonic() > end:
                 break
             again = times(*point, seconds)
@@ -98,7 +99,7 @@ def doubts(grid: Grid, accepted: set[tuple[Point, str]]) -> dict[Point, str]:
         for point in off[name]
         if (point, name) not in accepted
     }
-    return found | dict.fromkeys(busy_points(grid), "the machine was busy")
+    return found | dict.fromkeys(busy_points(grid), BUSY_MACHINE)
 
 
 def column(grid: Grid, name: str) -> dict[Point, float]:
