@@ -49,12 +49,15 @@ class Packed:
 
 @dataclass(frozen=True)
 class Slot:
-    """One packed graph input: where its weight comes from and how it is coded; ``static`` is set for a static scheme."""
+    """One packed graph input: where its weight comes from and how it is coded; ``static`` is set for a static scheme.
+
+    Without a scheme the weight stays float32, in the panels that our float kernel reads.
+    """
 
     site: str
     weight: FrozenValue
-    scheme: Scheme
-    pack: Callable[[Tensor, Scheme], Packed]
+    scheme: Scheme | None
+    pack: Callable[[Tensor, Scheme | None], Packed]
     static: StaticQParams | None = None
 
 

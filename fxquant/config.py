@@ -47,6 +47,9 @@ class FxQuantConfig(BaseModel):
     scheme: str = Field("auto", description="of every linear: auto, float or w<bits>a<bits>[-g<size>], such as w8a7")
     sites: dict[str, str] = Field({}, description="site or parameter pattern → scheme; the first match wins")
     attention: Literal["auto", "off"] = Field("auto", description="off: keep scaled_dot_product_attention of PyTorch")
+    float_kernels: Literal["auto", "off"] = Field(
+        "auto", description="auto: a linear that stays float runs in our kernel where the measured table says it is faster"
+    )
     calibration: Calibration | None = Field(None, description="static activation ranges: a Calibration or its file")
     codegen: Literal["inductor", "ops"] = Field("inductor", description="ops: run the graph without Inductor")
     chains: bool = Field(False, description="run linears and the row-wise work around them as one fxquant::rows")

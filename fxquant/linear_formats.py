@@ -9,6 +9,9 @@ operator that ``passes/fuse/linear.py`` writes; nothing else in the pipeline kno
 | static | the same, with static activations | linear_static | the same, of the weight times the step of each input channel |
 | stream | weight-only and grouped | linear_stream | 2, 4 or 8 bits in the order in which the kernel reads them |
 | lut | 2-bit weights, 2- to 6-bit activations | linear_lut | two bit planes, four k to an index of a 16-entry table |
+
+A float linear that our own kernel computes has no scheme: its operator is ``FLOAT_OPERATOR``, its weight float32 in panels
+of 16 columns.
 """
 
 from collections.abc import Callable
@@ -92,6 +95,7 @@ PANEL = LinearFormat(
     packed_bytes=lambda n, k, scheme: ops.packed_bytes(n, k, scheme.weight_bits, scheme.act_bits),
     extra=lambda scheme: (scheme.weight_bits, scheme.act_bits),
 )
+FLOAT_OPERATOR = "linear_float"
 FORMATS = (STATIC, STREAM, LUT, PANEL)
 
 

@@ -1,6 +1,5 @@
 """The plan stage: every candidate site gets a scheme with a packed weight, a kernel, or a reason why it stays float."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,35 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant._compat import size_hint
 from fxquant.binding import Packed, Slot, frozen_value
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
-from fxquant.linear_formats import PANEL, STATIC, format_of
+from fxquant.linear_choice import FLOAT_TOLERANCE, LinearChoice, choose_linear, not_worth_binding
+from fxquant.linear_formats import FLOAT_OPERATOR, PANEL, STATIC, format_of
 from fxquant.lowering.pack import pack_codes, round_weight, weight_error
-from fxquant.lowering.timings import Timing, linear_timing
+from fxquant.lowering.timings import Timing
 from fxquant.passes.fuse import FUSIONS
 from fxquant.passes.fuse.fusion import Verdict
-from fxquant.passes.quantize.linear import conditions
-from fxquant.plan import FLOAT_KINDS, Decision, Plan, resolve_scheme, setting_for
+from fxquant.passes.rule import REAL
+from fxquant.plan import FLOAT_KINDS, Decision, Plan, setting_for
 from fxquant.schemes import Scheme
 from fxquant.sites import Site, find_sites, kind_of
 
 # auto leaves a linear float when rounding its weights alone costs more than this in its worst output channel: 20 dB is
 # an error of a tenth, where a user would notice. An explicit scheme has no such guard.
 MIN_WEIGHT_SQNR_DB = 20.0
-# Without a table of measured times auto leaves a linear float below this many weights: for 16 to 128 rows, quantizing
-# them then costs as much as the integer product saves.
-MIN_WEIGHTS = 32768
 
 
 @dataclass(frozen=True)
 class Planned:
     """A plan with what the later stages need.
 
-    The node of each site, slot and packed weight of each taken linear, and the verdict of each other node that a kernel
-    of ours computes.
+    The node of each site, slot and packed weight of each linear that a kernel of ours computes, the verdict of each other
+    such node, and what the measured table says about each linear.
     """
 
     plan: Plan
@@ -44,11 +40,13 @@ class Planned:
     slots: Mapping[str, Slot]
     packed: Mapping[str, Packed]
     verdicts: Mapping[fx.Node, Verdict] = field(default_factory=dict)
+    timings: Mapping[str, Timing] = field(default_factory=dict)
 
     @property
     def could_be_static(self) -> list[str]:
         """The taken linears whose scheme has a static form."""
-        return [name for name, slot in self.slots.items() if format_of(slot.scheme) in (PANEL, STATIC)]
+        schemes = {name: slot.scheme for name, slot in self.slots.items() if slot.scheme is not None}
+        return [name for name, scheme in schemes.items() if format_of(scheme) in (PANEL, STATIC)]
 
     @property
     def changes_nothing(self) -> bool:
@@ -69,41 +67,76 @@ def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequenc
     """Decide every candidate site of a recognised graph. ``dry_run`` looks at weights but packs nothing."""
     decisions: list[Decision] = []
     nodes: dict[str, fx.Node] = {}
-    slots: dict[str, Slot] = {}
-    packed: dict[str, Packed] = {}
-    known: dict[tuple[fx.Node, Scheme, StaticQParams | None], Slot] = {}
     verdicts: dict[fx.Node, Verdict] = {}
+    choices: dict[str, LinearChoice] = {}
+    shelf = _Shelf(args, dry_run)
     for node, sites in find_sites(gm.graph).items():
         nodes.update({site.name: node for site in sites})
-        if kind_of(node) != "linear":
-            other = _decide_other(node, sites, config, isa)
-            decisions += [_other_decision(site, other) for site in sites]
-            if other is not None and other.kernel is not None:
-                verdicts[node] = other
+        if kind_of(node) == "linear":
+            choices.update({site.name: choose_linear(node, site, config, isa) for site in sites})
+            decisions += [_decide_linear(node, site, choices[site.name], config, shelf) for site in sites]
             continue
-        for site in sites:
-            verdict = _verdict(node, site, config, isa)
-            if isinstance(verdict, str):
-                decisions.append(Decision(site, reason=verdict))
-                continue
-            weight = node.args[1]
-            assert isinstance(weight, fx.Node)
-            static, sentence = _calibrated(site, verdict, weight, config)
-            scheme = replace(verdict, static=static is not None)
-            slot = known.get((weight, scheme, static))
-            if slot is None:
-                guarded = setting_for(site, config) == "auto"
-                slot = Slot(site.name, frozen_value(weight), scheme, Packer(guarded, dry_run, static), static)
-                known[weight, scheme, static] = slot
-                packed[site.name] = slot.pack(slot.weight(args), scheme)
-            result = packed[slot.site]
-            if result.reason is not None:
-                decisions.append(Decision(site, reason=result.reason))
-            else:
-                kernel = format_of(scheme).operator
-                decisions.append(Decision(site, scheme, sentence, kernel=kernel, error_class="QUANTIZED"))
-                slots[site.name] = slot
-    return Planned(Plan(tuple(decisions)), nodes, slots, packed, verdicts)
+        other = _decide_other(node, sites, config, isa)
+        decisions += [_other_decision(site, other) for site in sites]
+        if other is not None and other.kernel is not None:
+            verdicts[node] = other
+    timings = {site: choice.timing for site, choice in choices.items() if choice.timing is not None}
+    return _worthwhile(Planned(Plan(tuple(decisions)), nodes, shelf.slots, shelf.packed, verdicts, timings), choices)
+
+
+@dataclass
+class _Shelf:
+    """The slots of a graph while it is planned: sites that read one weight alike share one."""
+
+    args: Sequence[Any]
+    dry_run: bool
+    slots: dict[str, Slot] = field(default_factory=dict)
+    packed: dict[str, Packed] = field(default_factory=dict)
+    _known: dict[Any, tuple[Slot, Packed]] = field(default_factory=dict)
+
+    def take(
+        self, site: Site, weight: fx.Node, scheme: Scheme | None, guarded: bool, static: StaticQParams | None = None
+    ) -> Packed:
+        """Give a site its slot, unless the weight cannot be packed: the outcome says so."""
+        key = (weight, scheme, guarded, static)
+        if key not in self._known:
+            slot = Slot(site.name, frozen_value(weight), scheme, Packer(guarded, self.dry_run, static), static)
+            self._known[key] = slot, slot.pack(slot.weight(self.args), scheme)
+            self.packed[site.name] = self._known[key][1]
+        slot, outcome = self._known[key]
+        if outcome.reason is None:
+            self.slots[site.name] = slot
+        return outcome
+
+
+def _decide_linear(node: fx.Node, site: Site, choice: LinearChoice, config: FxQuantConfig, shelf: _Shelf) -> Decision:
+    """A linear's scheme if its weight can be packed, else our float kernel or the graph's own operator."""
+    weight, reason = node.args[1], choice.reason
+    if choice.scheme is not None:
+        assert isinstance(weight, fx.Node)
+        static, sentence = _calibrated(site, choice.scheme, weight, config)
+        scheme = replace(choice.scheme, static=static is not None)
+        reason = shelf.take(site, weight, scheme, choice.is_auto, static).reason
+        if reason is None:
+            return Decision(site, scheme, sentence, kernel=format_of(scheme).operator, error_class="QUANTIZED")
+    if not choice.own_float:
+        return Decision(site, reason=reason)
+    assert isinstance(weight, fx.Node)
+    shelf.take(site, weight, None, choice.is_auto)
+    return Decision(site, reason=f"{reason}; {FLOAT_TOLERANCE}", kernel=FLOAT_OPERATOR, error_class=REAL)
+
+
+def _worthwhile(planned: Planned, choices: Mapping[str, LinearChoice]) -> Planned:
+    """The plan, without its packed weights where all of them together gain less than looking after them costs."""
+    gain = 0.0
+    for name, slot in planned.slots.items():
+        saved = choices[name].gain_us(own_float=slot.scheme is None)
+        if saved is None or not choices[name].is_auto:
+            return planned  # a setting, or a size without a measured time, asks for packed weights whatever they gain
+        gain += saved
+    sites = {slot.site for slot in planned.slots.values()}
+    reason = not_worth_binding(gain, len(sites)) if sites else None
+    return planned if reason is None else planned.without(dict.fromkeys(sites, reason))
 
 
 def _calibrated(site: Site, scheme: Scheme, weight: fx.Node, config: FxQuantConfig) -> tuple[StaticQParams | None, str | None]:
@@ -145,15 +178,17 @@ def float_plan(gm: fx.GraphModule, reason: str) -> Planned:
 class Packer:
     """Packs a weight, or says why it cannot be: not finite, or (``guarded``) rounded too coarsely.
 
-    With ``static`` activations it is the weight times their steps that is packed.
+    With ``static`` activations it is the weight times their steps that is packed. Without a scheme it stays float32.
     """
 
     guarded: bool
     dry_run: bool = False
     static: StaticQParams | None = None
 
-    def __call__(self, weight: Tensor, scheme: Scheme) -> Packed:
+    def __call__(self, weight: Tensor, scheme: Scheme | None) -> Packed:
         """The packed weight of shape [out_features, in_features] or a reason."""
+        if scheme is None:
+            return Packed(None if self.dry_run else torch.ops.fxquant.pack_float(weight))
         if self.static is not None:
             weight = weight.to(torch.float32) * self.static.steps
         try:
@@ -169,42 +204,3 @@ class Packer:
                 f"SQNR, {MIN_WEIGHT_SQNR_DB:.0f} dB wanted); an explicit scheme overrides this",
             )
         return Packed(None if self.dry_run else pack_codes(rounded, scheme), sqnr_db=error.overall_db)
-
-
-def _verdict(node: fx.Node, site: Site, config: FxQuantConfig, isa: str) -> Scheme | str:
-    """The scheme that the options and the operands allow, or the sentence why the site stays float."""
-    x, weight = node.args[0], node.args[1]
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
-        return "an operand is no tensor of the graph"
-    setting = setting_for(site, config)
-    if setting == "float":
-        return "the options ask for float"
-    for sentence, holds in conditions(x, weight):
-        if not holds:
-            return sentence
-    scheme = resolve_scheme(setting, isa)
-    return scheme if setting != "auto" or isinstance(scheme, str) else _guarded(scheme, node, isa)
-
-
-def _guarded(scheme: Scheme, node: fx.Node, isa: str) -> Scheme | str:
-    """``auto``'s scheme where it is faster than float, else the sentence with both times."""
-    timing = site_timing(node, str(scheme), isa)
-    if timing is not None and not timing.is_gain:
-        return (
-            f"auto: float is as fast: {timing.float_us:.0f} us, and {timing.scheme_us:.0f} us as {scheme}, "
-            f"by the measured table of {isa}"
-        )
-    size = node.args[1].meta["val"].numel()  # type: ignore[union-attr]
-    if timing is None and size < MIN_WEIGHTS:
-        return f"auto: {size} weights are too few to win over float (fewer than {MIN_WEIGHTS})"
-    return scheme
-
-
-def site_timing(node: fx.Node, scheme: str, isa: str) -> Timing | None:
-    """What the measured table promises for a linear at the sizes of the call that is compiled; None where it has none."""
-    x, weight = node.args[0].meta["val"], node.args[1].meta["val"]  # type: ignore[union-attr]
-    rows = [size_hint(size) for size in x.shape[:-1]]
-    if None in rows:
-        return None
-    n, k = weight.shape
-    return linear_timing(isa, scheme, math.prod(size for size in rows if size is not None), k, n)

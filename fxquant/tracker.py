@@ -21,7 +21,7 @@ from fxquant.binding import Binder, Packed
 from fxquant.config import FxQuantConfig
 from fxquant.passes.fuse.rows import Chain
 from fxquant.passes.rule import REAL, Event
-from fxquant.planning import Planned, site_timing
+from fxquant.planning import Planned
 from fxquant.reporting.record import GraphRecord, RewriteRow, SiteRow, StageRow
 from fxquant.sites import Site, clean_source
 
@@ -85,7 +85,7 @@ class CompiledGraph:
 
     def set_plan(self, planned: Planned) -> None:
         """Remember the decision of every site."""
-        rows = tuple(_site_row(decision.site, planned, self.isa) for decision in planned.plan.decisions)
+        rows = tuple(_site_row(decision.site, planned) for decision in planned.plan.decisions)
         self.record = replace(self.record, sites=rows)
 
     def stay_float(self, sentence: str) -> None:
@@ -203,7 +203,7 @@ def _is_partial(gm: fx.GraphModule, code_name: str) -> bool:
     return bool(getattr(reason, "graph_break", False)) or code_name.startswith("torch_dynamo_resume")
 
 
-def _site_row(site: Site, planned: Planned, isa: str) -> SiteRow:
+def _site_row(site: Site, planned: Planned) -> SiteRow:
     decision = planned.plan[site.name]
     node = planned.nodes[site.name]
     slot = planned.slots.get(site.name)
@@ -211,7 +211,7 @@ def _site_row(site: Site, planned: Planned, isa: str) -> SiteRow:
     weight = node.args[1] if site.kind == "linear" else None
     value = weight.meta["val"] if isinstance(weight, fx.Node) else None
     blob = packed.blob if packed else None
-    timing = site_timing(node, str(decision.scheme), isa) if slot is not None else None
+    timing = planned.timings.get(site.name)
     return SiteRow(
         name=site.name,
         kind=site.kind,
@@ -220,6 +220,7 @@ def _site_row(site: Site, planned: Planned, isa: str) -> SiteRow:
         scheme=str(decision.scheme) if decision.scheme else None,
         reason=decision.reason,
         float_us=timing.float_us if timing else None,
+        own_float_us=timing.own_float_us if timing else None,
         scheme_us=timing.scheme_us if timing else None,
         error_class=decision.error_class,
         kernel=decision.kernel,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fxquant.lowering import timings
 from fxquant.lowering.cpu.build import load_library
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,3 +24,9 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` plans without a measured table unless a test brings one: no test depends on the machine that measured it."""
+    monkeypatch.setattr(timings, "load_table", lambda isa: None)

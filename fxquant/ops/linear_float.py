@@ -19,5 +19,9 @@ def _pack_float(weight: Tensor) -> Tensor:
     return weight.new_empty((packed_float_bytes(*weight.shape),), dtype=torch.uint8)
 
 
-define("linear_float(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor", _linear_float)
+define(
+    "linear_float(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor",
+    _linear_float,
+    is_hot=True,
+)
 define("pack_float(Tensor weight) -> Tensor", _pack_float)

@@ -11,8 +11,9 @@ class SiteRow:
 
     ``kernel`` is the fxquant:: operator that computes it, None where the graph's own operator does.
     ``bytes_before`` and ``bytes_after`` are the weight's resident bytes as float and as packed (0 without a weight).
-    ``float_us`` and ``scheme_us`` are the microseconds that the measured table of the instruction set promises for the
-    linear at the compiled sizes, in float and in the scheme; None where there is no table.
+    ``float_us``, ``own_float_us`` and ``scheme_us`` are the microseconds that the measured table of the instruction set
+    promises for a linear at the compiled sizes: by F.linear, by our float kernel and in the scheme (of a float site: in the
+    one that ``auto`` would take); None where there is no table.
     ``static_noise_db`` is the noise of static activations against that of dynamic ones, as the calibration predicts it.
     ``macs`` is the number of multiply-accumulates for the traced shapes, None where a size is symbolic.
     """
@@ -30,6 +31,7 @@ class SiteRow:
     macs: int | None = None
     kernel: str | None = None
     float_us: float | None = None
+    own_float_us: float | None = None
     scheme_us: float | None = None
     static_noise_db: float | None = None
 

@@ -11,6 +11,8 @@ from fxquant.reporting.record import GraphRecord, RewriteRow, SiteRow
 
 SCHEMA = "fxquant.report"
 VERSION = 1
+# Field of a site → column: microseconds by the measured table, shown where there is one.
+TIMES = {"float_us": "float us", "own_float_us": "own float us", "scheme_us": "scheme us"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def _summary(report: Report) -> str:
     linears = [row for row in report.sites if row.kind == "linear"]
     taken = [row for row in linears if row.scheme]
     schemes = ", ".join(f"{count} {name}" for name, count in Counter(row.scheme for row in taken).items())
-    before, after = sum(row.bytes_before for row in taken), sum(row.bytes_after for row in taken)
+    packed = [row for row in linears if row.kernel]
+    before, after = sum(row.bytes_before for row in packed), sum(row.bytes_after for row in packed)
     first = report.graphs[0]
     lines = [
         f"fxquant: {len(taken)} of {len(linears)} linears quantized" + (f" ({schemes})" if schemes else "")
@@ -105,7 +108,8 @@ def _coverage(report: Report) -> Any:
 
 
 def _site_table(report: Report) -> Any:
-    table = _table("site", "becomes", "weight SQNR", "bytes", "us, by table", "class, or why it stays float")
+    times = TIMES if any(row.float_us is not None for row in report.sites) else {}
+    table = _table("site", "becomes", "weight SQNR", "bytes", *times.values(), "class, or why it stays float")
     for name, rows in _folded(report.sites):
         first = rows[0]
         errors = [row.weight_sqnr_db for row in rows if row.weight_sqnr_db is not None]
@@ -113,7 +117,8 @@ def _site_table(report: Report) -> Any:
         before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
         size = f"{_bytes(before)} → {_bytes(after)}" if after else ""
         why = ": ".join(part for part in (first.error_class, first.reason, _static_noise(rows)) if part)
-        table.add_row(name, first.scheme or "float", decibel, size, _times(rows), why)
+        spent = [_microseconds(rows, field) for field in times]
+        table.add_row(name, first.scheme or "float", decibel, size, *spent, why)
     return table
 
 
@@ -126,10 +131,10 @@ def _static_noise(rows: list[SiteRow]) -> str:
     return f"static noise {low if low == high else f'{low} to {high}'} dB against dynamic, predicted"
 
 
-def _times(rows: list[SiteRow]) -> str:
-    """Microseconds of all sites of a line, in float and in the scheme, by the measured table."""
-    pairs = [(row.float_us, row.scheme_us) for row in rows if row.float_us is not None and row.scheme_us is not None]
-    return f"{sum(a for a, _ in pairs):.0f} → {sum(b for _, b in pairs):.0f}" if pairs else ""
+def _microseconds(rows: list[SiteRow], field: str) -> str:
+    """What the measured table promises for all sites of a line."""
+    found = [getattr(row, field) for row in rows]
+    return f"{sum(found):.0f}" if None not in found else ""
 
 
 def _rewrite_table(report: Report) -> Any:

@@ -15,6 +15,8 @@ using namespace fxquant;
 
 namespace {
 
+constexpr int64_t kSerial = 65536;  // multiply-accumulates that cost less than waking the other threads
+
 void check(const Tensor& x, const Tensor& packed, int64_t n) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "fxquant::linear_float: the input must be float32");
   STD_TORCH_CHECK(x.dim() >= 1, "fxquant::linear_float: the input must have at least one dimension");
@@ -42,7 +44,8 @@ Tensor linear_float(const Tensor& input, const Tensor& packed, std::optional<Ten
   int64_t rows = 0, columns = 0;
   fxquant_float_tiles(m, n, torch::stable::get_num_threads(), &rows, &columns);
   const int64_t across = (n + columns - 1) / columns, down = (m + rows - 1) / rows;
-  torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tiles = across * down, grain = m * n * k <= kSerial ? tiles : 1;
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       const int64_t m0 = t / across * rows, n0 = t % across * columns;
       fxquant_float_tile(data<float>(x), k, data<uint8_t>(packed), b, m0, std::min(m0 + rows, m), n0,

@@ -3,6 +3,10 @@
 The specification's fake-quant nodes and the float product become one integer kernel: the operator of the scheme's packed
 format (fxquant/linear_formats.py), with static activations fxquant::linear_static. The packed weight is a new graph input
 that comes before the user's, so nothing of the weight's value is in the graph.
+
+A linear that stays float in our own kernel has no fake-quant nodes::
+
+    linear(x, W, b)  →  fxquant::linear_float(x, packed(W), b)
 """
 
 from collections.abc import Mapping
@@ -24,7 +28,7 @@ def fuse_linears(
     linears: Mapping[fx.Node, Slot],
     blobs: Mapping[str, Tensor],
 ) -> tuple[tuple[Slot, ...], tuple[int, ...]]:
-    """Fuse every quantized linear with its packed weight; sites on one weight share one input.
+    """Fuse every linear that has a slot with its packed weight; sites on one weight share one input.
 
     Returns the slots in the order of the new leading inputs, and the positions of the original inputs still read.
     """
@@ -53,11 +57,14 @@ def _replace(node: fx.Node, packed: fx.Node, slot: Slot, fake_mode: FakeTensorMo
     out_features = int(weight.meta["val"].shape[0])
     graph = node.graph
     with graph.inserting_before(node), fake_mode:
-        form = format_of(slot.scheme)
-        source = x if slot.scheme.is_weight_only else x.args[0]  # what the fake-quant node reads
-        static = x.args[1:3] if slot.scheme.static else ()  # the steps and the zero point of the fake-quant node
-        args = (source, packed, bias, *static, out_features, *form.extra(slot.scheme))
-        fused = graph.call_function(form.overload, args)
+        if slot.scheme is None:
+            fused = graph.call_function(torch.ops.fxquant.linear_float.default, (x, packed, bias, out_features))
+        else:
+            form = format_of(slot.scheme)
+            source = x if slot.scheme.is_weight_only else x.args[0]  # what the fake-quant node reads
+            static = x.args[1:3] if slot.scheme.static else ()  # the steps and the zero point of the fake-quant node
+            args = (source, packed, bias, *static, out_features, *form.extra(slot.scheme))
+            fused = graph.call_function(form.overload, args)
     fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)
     graph.erase_node(node)

@@ -54,13 +54,15 @@ def add_static_inputs(graph: fx.Graph, slots: Iterable[Slot], fake_mode: FakeTen
 
 
 def quantize_linear(
-    node: fx.Node, scheme: Scheme, fake_mode: FakeTensorMode, static: tuple[fx.Node, fx.Node] | None = None
+    node: fx.Node, scheme: Scheme | None, fake_mode: FakeTensorMode, static: tuple[fx.Node, fx.Node] | None = None
 ) -> fx.Node:
     """Insert the fake-quant nodes; returns the linear that now works on float32 fake-quantized operands.
 
     A site in half precision is computed in float32 and cast back, as the kernel does. ``static`` are the steps and the zero
-    point of a static scheme.
+    point of a static scheme. Without a scheme the linear stays as it is.
     """
+    if scheme is None:
+        return node
     x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)

@@ -125,6 +125,14 @@ def test_the_operators_are_good_citizens(shape: tuple[int, int]) -> None:
     torch.library.opcheck(torch.ops.fxquant.linear_float, args, test_utils=[*tests, "test_aot_dispatch_dynamic"])
 
 
+def test_backward_is_told_that_there_is_no_gradient() -> None:
+    x = torch.randn(3, 16, requires_grad=True)
+    y = torch.ops.fxquant.linear_float(x, torch.ops.fxquant.pack_float(torch.randn(8, 16)), None, 8)
+    with pytest.warns(UserWarning, match="fxquant::linear_float: an autograd kernel was not registered"):
+        y.sum().backward()
+    assert x.grad is None
+
+
 def test_the_operators_check_their_operands() -> None:
     packed, call = torch.ops.fxquant.pack_float(torch.randn(8, 16)), torch.ops.fxquant.linear_float
     with pytest.raises(RuntimeError, match="packed as 8 x 16, the call asks for 8 x 12"):
