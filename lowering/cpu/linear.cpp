@@ -27,21 +27,24 @@ void spread(const uint8_t* narrow, int64_t count, uint8_t* row) {
   }
 }
 
-// Walks over the panels and row blocks of a tile; use(layout, sums, row, rows, column, columns) takes each block.
-template <typename Use>
-void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Use use) {
+// Walks over the panels and row blocks of a tile: expect(row, rows, column) announces a block, use(layout, sums, row, rows,
+// column, columns) takes it.
+template <typename Expect, typename Use>
+void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+          Expect expect, Use use) {
   const Header& header = header_of(packed);
   const Layout layout(header);
   const bool scheduled = has_schedule(header.weight_bits, header.act_bits);
   const Kernels& kernel = kernels();
   const PanelFn panel = scheduled ? kernel.panel_15 : kernel.panel_8x8;
   const Scratch rows(m, header.k, is_wide(header.weight_bits, header.act_bits));
-  const int64_t block = even_share(m1 - m0, scheduled ? kernel.rows_15 : kernel.rows_8x8);
+  const int64_t most = scheduled ? kernel.rows_15 : kernel.rows_8x8, blocks = (m1 - m0 + most - 1) / most;
   alignas(64) int32_t sums[2 * kMaxRows * kPanel];
   for (int64_t n = n0; n < n1;) {
     const int64_t panels = kernel.pair && n + kPanel < n1 ? 2 : 1;
-    for (int64_t i = m0; i < m1; i += block) {
-      const int64_t count = std::min(block, m1 - i);
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t i = m0 + (m1 - m0) * b / blocks, count = m0 + (m1 - m0) * (b + 1) / blocks - i;
+      expect(i, count, n);
       const uint8_t* codes = scratch + rows.codes + i * rows.stride;
       (panels == 2 ? kernel.pair : panel)(codes, rows.stride, count, packed, layout, n / kPanel, sums);
       for (int64_t p = 0; p < panels; p++) {
@@ -127,9 +130,7 @@ bool fxquant::is_wide(int32_t weight_bits, int32_t act_bits) {
 extern "C" void fxquant_linear_tiles(
     int64_t m, int64_t n, int32_t weight_bits, int32_t act_bits, int64_t threads, int64_t* rows, int64_t* columns) {
   constexpr int64_t kTilesPerThread = 4;  // so that the threads finish together
-  const int64_t step = has_schedule(weight_bits, act_bits) ? kernels().rows_15 : kernels().rows_8x8;
-  const int64_t share = even_share(std::max<int64_t>(m, 1), FXQUANT_TILE_ROWS);
-  *rows = std::min<int64_t>((share + step - 1) / step * step, FXQUANT_TILE_ROWS);
+  *rows = even_share(std::max<int64_t>(m, 1), FXQUANT_TILE_ROWS);
   *columns = FXQUANT_TILE_COLUMNS;
   const auto count = [&] { return ((m + *rows - 1) / *rows) * ((n + *columns - 1) / *columns); };
   while (*columns > kPanel && count() < threads * kTilesPerThread) *columns /= 2;  // pairs of panels stay whole
@@ -168,11 +169,15 @@ extern "C" void fxquant_linear_bias_tile(
   const float* scale_x = reinterpret_cast<const float*>(scratch);
   const int32_t* zero_points = reinterpret_cast<const int32_t*>(scratch + align64(m * 4));
   const FinishFn finish = kernels().finish;
+  const auto place = [=](int64_t i, int64_t n) { return out + (i - m0) * ldo + (n - n0); };
   walk(scratch, m, packed, m0, m1, n0, n1,
+       [&](int64_t i, int64_t rows, int64_t n) {
+         for (int64_t r = 0; r < rows; r++) __builtin_prefetch(place(i + r, n), 1);
+       },
        [&](const Layout& layout, const int32_t* sums, int64_t i, int64_t rows, int64_t n, int64_t columns) {
          finish(sums, reinterpret_cast<const int32_t*>(packed + layout.sums) + n,
                 reinterpret_cast<const float*>(packed + layout.scales) + n, scale_x + i, zero_points + i,
-                bias ? bias + n : nullptr, rows, columns, out + (i - m0) * ldo + (n - n0), ldo);
+                bias ? bias + n : nullptr, rows, columns, place(i, n), ldo);
        });
 }
 
@@ -181,7 +186,7 @@ extern "C" void fxquant_linear_tile_int32(
     int32_t* out, int64_t ldo) {
   if (m0 >= m1) return;
   const int32_t* zero_points = reinterpret_cast<const int32_t*>(scratch + align64(m * 4));
-  walk(scratch, m, packed, m0, m1, n0, n1,
+  walk(scratch, m, packed, m0, m1, n0, n1, [](int64_t, int64_t, int64_t) {},
        [&](const Layout& layout, const int32_t* sums, int64_t i, int64_t rows, int64_t n, int64_t columns) {
          const int32_t* column_sums = reinterpret_cast<const int32_t*>(packed + layout.sums) + n;
          for (int64_t r = 0; r < rows; r++)
