@@ -27,24 +27,22 @@ void spread(const uint8_t* narrow, int64_t count, uint8_t* row) {
   }
 }
 
-// Walks over the panels and row blocks of a tile: expect(row, rows, column) announces a block, use(layout, sums, row, rows,
-// column, columns) takes it.
-template <typename Expect, typename Use>
-void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
-          Expect expect, Use use) {
+// Walks over the panels and row blocks of a tile; use(layout, sums, row, rows, column, columns) takes each block.
+template <typename Use>
+void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Use use) {
   const Header& header = header_of(packed);
   const Layout layout(header);
   const bool scheduled = has_schedule(header.weight_bits, header.act_bits);
   const Kernels& kernel = kernels();
   const PanelFn panel = scheduled ? kernel.panel_15 : kernel.panel_8x8;
   const Scratch rows(m, header.k, is_wide(header.weight_bits, header.act_bits));
-  const int64_t most = scheduled ? kernel.rows_15 : kernel.rows_8x8, blocks = (m1 - m0 + most - 1) / most;
+  const int64_t most = scheduled ? kernel.rows_15 : kernel.rows_8x8;
+  const int64_t blocks = (m1 - m0 + most - 1) / most;  // of almost the same height: a low block uses few accumulators
   alignas(64) int32_t sums[2 * kMaxRows * kPanel];
   for (int64_t n = n0; n < n1;) {
     const int64_t panels = kernel.pair && n + kPanel < n1 ? 2 : 1;
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t i = m0 + (m1 - m0) * b / blocks, count = m0 + (m1 - m0) * (b + 1) / blocks - i;
-      expect(i, count, n);
       const uint8_t* codes = scratch + rows.codes + i * rows.stride;
       (panels == 2 ? kernel.pair : panel)(codes, rows.stride, count, packed, layout, n / kPanel, sums);
       for (int64_t p = 0; p < panels; p++) {
@@ -169,15 +167,11 @@ extern "C" void fxquant_linear_bias_tile(
   const float* scale_x = reinterpret_cast<const float*>(scratch);
   const int32_t* zero_points = reinterpret_cast<const int32_t*>(scratch + align64(m * 4));
   const FinishFn finish = kernels().finish;
-  const auto place = [=](int64_t i, int64_t n) { return out + (i - m0) * ldo + (n - n0); };
   walk(scratch, m, packed, m0, m1, n0, n1,
-       [&](int64_t i, int64_t rows, int64_t n) {
-         for (int64_t r = 0; r < rows; r++) __builtin_prefetch(place(i + r, n), 1);
-       },
        [&](const Layout& layout, const int32_t* sums, int64_t i, int64_t rows, int64_t n, int64_t columns) {
          finish(sums, reinterpret_cast<const int32_t*>(packed + layout.sums) + n,
                 reinterpret_cast<const float*>(packed + layout.scales) + n, scale_x + i, zero_points + i,
-                bias ? bias + n : nullptr, rows, columns, place(i, n), ldo);
+                bias ? bias + n : nullptr, rows, columns, out + (i - m0) * ldo + (n - n0), ldo);
        });
 }
 
@@ -186,7 +180,7 @@ extern "C" void fxquant_linear_tile_int32(
     int32_t* out, int64_t ldo) {
   if (m0 >= m1) return;
   const int32_t* zero_points = reinterpret_cast<const int32_t*>(scratch + align64(m * 4));
-  walk(scratch, m, packed, m0, m1, n0, n1, [](int64_t, int64_t, int64_t) {},
+  walk(scratch, m, packed, m0, m1, n0, n1,
        [&](const Layout& layout, const int32_t* sums, int64_t i, int64_t rows, int64_t n, int64_t columns) {
          const int32_t* column_sums = reinterpret_cast<const int32_t*>(packed + layout.sums) + n;
          for (int64_t r = 0; r < rows; r++)

@@ -6,7 +6,7 @@
 #define FXQUANT_TILE_ROWS 96
 #define FXQUANT_TILE_COLUMNS 64
 // Most threads of one linear.
-#define FXQUANT_SEATS 64
+#define FXQUANT_SEATS 256
 
 #ifndef FXQUANT_EXPORT
 #define FXQUANT_EXPORT __attribute__((visibility("default")))
@@ -50,8 +50,8 @@ FXQUANT_EXPORT void fxquant_linear_tile_int32(
 //   fxquant_team_start(&team, m, n, k, weight_bits, act_bits, threads);
 //   in thread number `seat`, 0 <= seat < team.threads:
 //     fxquant_team_quantize(&team, seat, x, ldx, nullptr, nullptr, scratch);
-//     for (FxquantTile tile = {}; fxquant_team_tile(&team, seat, &tile);)
-//       fxquant_linear_tile(scratch, m, packed, tile.m0, tile.m1, tile.n0, tile.n1, out, ldo);
+//     FxquantTile tile;
+//     while (fxquant_team_tile(&team, seat, &tile)) ... the linear of that tile ...
 struct FxquantSeat {
   alignas(64) int64_t next_row, next_tile;  // claimed so far; on a cache line of their own
 };
