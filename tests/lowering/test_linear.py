@@ -294,7 +294,9 @@ def test_any_number_of_threads_gives_the_same_bits(m: int, n: int, k: int) -> No
         try:
             for threads in (1, 2, 3, 5):
                 torch.set_num_threads(threads)
-                results += [torch.ops.fxquant.linear_dynamic(x, packed, None, n, scheme.weight_bits, scheme.act_bits) for _ in range(20)]
+                results += [
+                    torch.ops.fxquant.linear_dynamic(x, packed, None, n, scheme.weight_bits, scheme.act_bits) for _ in range(20)
+                ]
         finally:
             torch.set_num_threads(before)
         assert all(torch.equal(result, results[0]) for result in results)
