@@ -34,6 +34,7 @@ UNITS: dict[str, tuple[str, ...]] = {
     "isa.cpp": (),
     "pack.cpp": (),
     "linear.cpp": (),
+    "linear_team.cpp": (),
     "linear_scalar.cpp": (),
     "linear_avx2.cpp": _AVX2,
     "linear_avxvnni.cpp": (*_AVX2, "-mavxvnni"),

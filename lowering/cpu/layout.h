@@ -92,7 +92,8 @@ using PanelFn = void (*)(
     int32_t* sums);
 // Lowest and highest value of a row, zero among them; false where a value is not finite.
 using ExtentFn = bool (*)(const float* x, int64_t k, float* low, float* high);
-// clip(rne(x / scale) + zero_point, 0, qmax) of a finite row, padded with zeros to a whole step; scale >= FLT_MIN.
+// clip(rne(x / scale) + zero_point, 0, qmax) of a finite row, padded with zeros to a whole step; scale >= FLT_MIN and
+// |x| < 2^60 * scale.
 using EncodeFn = void (*)(
     const float* x, int64_t k, int32_t qmax, float scale, int32_t zero_point, uint8_t* codes);
 // clip(rne(x[j] / steps[j]) + zero_point, 0, qmax), padded alike; false, with codes that mean nothing, where a value is not

@@ -36,12 +36,13 @@ void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, 
   const Kernels& kernel = kernels();
   const PanelFn panel = scheduled ? kernel.panel_15 : kernel.panel_8x8;
   const Scratch rows(m, header.k, is_wide(header.weight_bits, header.act_bits));
-  const int64_t block = even_share(m1 - m0, scheduled ? kernel.rows_15 : kernel.rows_8x8);
+  const int64_t most = scheduled ? kernel.rows_15 : kernel.rows_8x8;
+  const int64_t blocks = (m1 - m0 + most - 1) / most;  // of almost the same height: a low block uses few accumulators
   alignas(64) int32_t sums[2 * kMaxRows * kPanel];
   for (int64_t n = n0; n < n1;) {
     const int64_t panels = kernel.pair && n + kPanel < n1 ? 2 : 1;
-    for (int64_t i = m0; i < m1; i += block) {
-      const int64_t count = std::min(block, m1 - i);
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t i = m0 + (m1 - m0) * b / blocks, count = m0 + (m1 - m0) * (b + 1) / blocks - i;
       const uint8_t* codes = scratch + rows.codes + i * rows.stride;
       (panels == 2 ? kernel.pair : panel)(codes, rows.stride, count, packed, layout, n / kPanel, sums);
       for (int64_t p = 0; p < panels; p++) {
@@ -127,9 +128,7 @@ bool fxquant::is_wide(int32_t weight_bits, int32_t act_bits) {
 extern "C" void fxquant_linear_tiles(
     int64_t m, int64_t n, int32_t weight_bits, int32_t act_bits, int64_t threads, int64_t* rows, int64_t* columns) {
   constexpr int64_t kTilesPerThread = 4;  // so that the threads finish together
-  const int64_t step = has_schedule(weight_bits, act_bits) ? kernels().rows_15 : kernels().rows_8x8;
-  const int64_t share = even_share(std::max<int64_t>(m, 1), FXQUANT_TILE_ROWS);
-  *rows = std::min<int64_t>((share + step - 1) / step * step, FXQUANT_TILE_ROWS);
+  *rows = even_share(std::max<int64_t>(m, 1), FXQUANT_TILE_ROWS);
   *columns = FXQUANT_TILE_COLUMNS;
   const auto count = [&] { return ((m + *rows - 1) / *rows) * ((n + *columns - 1) / *columns); };
   while (*columns > kPanel && count() < threads * kTilesPerThread) *columns /= 2;  // pairs of panels stay whole

@@ -5,6 +5,8 @@
 // A float tile of this size is 24 KiB: it stays in L1 while an epilogue runs over it.
 #define FXQUANT_TILE_ROWS 96
 #define FXQUANT_TILE_COLUMNS 64
+// Most threads of one linear.
+#define FXQUANT_SEATS 256
 
 #ifndef FXQUANT_EXPORT
 #define FXQUANT_EXPORT __attribute__((visibility("default")))
@@ -41,6 +43,36 @@ FXQUANT_EXPORT void fxquant_linear_bias_tile(
 FXQUANT_EXPORT void fxquant_linear_tile_int32(
     const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int32_t* out, int64_t ldo);
+// A linear that several threads work on at once, in one parallel region: each calls fxquant_team_quantize, which returns
+// when all rows have their codes, and then takes tiles until there are none. A thread starts with the share of its seat,
+// which is the same in every call, and then helps the others: any number of threads does, also one after the other.
+//   FxquantTeam team;
+//   fxquant_team_start(&team, m, n, k, weight_bits, act_bits, threads);
+//   in thread number `seat`, 0 <= seat < team.threads:
+//     fxquant_team_quantize(&team, seat, x, ldx, nullptr, nullptr, scratch);
+//     FxquantTile tile;
+//     while (fxquant_team_tile(&team, seat, &tile)) ... the linear of that tile ...
+struct FxquantSeat {
+  alignas(64) int64_t next_row, next_tile;  // claimed so far; on a cache line of their own
+};
+struct FxquantTeam {
+  int64_t m, n, k, threads;  // threads: those worth starting, at most the ones asked for
+  int64_t chunk, rows, columns;
+  int32_t weight_bits, act_bits;
+  alignas(64) int64_t rows_done;
+  FxquantSeat seats[FXQUANT_SEATS];
+};
+struct FxquantTile {
+  int64_t m0, m1, n0, n1;  // rows m0 <= i < m1, columns n0 <= j < n1: at most FXQUANT_TILE_ROWS x FXQUANT_TILE_COLUMNS
+};
+FXQUANT_EXPORT void fxquant_team_start(
+    FxquantTeam* team, int64_t m, int64_t n, int64_t k, int32_t weight_bits, int32_t act_bits, int64_t threads);
+// Quantizes rows of x as fxquant_quantize_rows does (steps is null), or as fxquant_quantize_rows_static.
+FXQUANT_EXPORT void fxquant_team_quantize(
+    FxquantTeam* team, int64_t seat, const float* x, int64_t ldx, const float* steps, const int32_t* zero_point,
+    uint8_t* scratch);
+// Sets the next tile for this thread; 0 where none is left.
+FXQUANT_EXPORT int32_t fxquant_team_tile(FxquantTeam* team, int64_t seat, FxquantTile* tile);
 // Rows and columns of one output tile: at most FXQUANT_TILE_ROWS x FXQUANT_TILE_COLUMNS, enough tiles for all threads.
 FXQUANT_EXPORT void fxquant_linear_tiles(
     int64_t m, int64_t n, int32_t weight_bits, int32_t act_bits, int64_t threads, int64_t* rows, int64_t* columns);

@@ -19,15 +19,17 @@ inline __m256i broadcast8(const uint8_t* p) {
   return _mm256_set1_epi64x(eight);
 }
 
-// acc += maddubs(x, w) in 16 bits. The two-instruction form keeps gcc from hoisting loads and spilling accumulators.
-inline void mac16(__m256i& acc, __m256i x, __m256i w) {
+// a += maddubs(x, w0), b += maddubs(x, w1) in 16 bits. The asm keeps gcc from hoisting loads and spilling accumulators; x
+// is the second temporary, so that both products are on their way before the first addition waits.
+inline void mac16(__m256i& a, __m256i& b, __m256i x, __m256i w0, __m256i w1) {
 #if defined(__GNUC__) && !defined(FXQUANT_SIMDE)
   __m256i t;
-  asm volatile("vpmaddubsw %[w], %[x], %[t]\n\tvpaddw %[t], %[acc], %[acc]"
-               : [acc] "+x"(acc), [t] "=&x"(t)
-               : [w] "x"(w), [x] "x"(x));
+  asm volatile("vpmaddubsw %[w0], %[x], %[t]\n\tvpmaddubsw %[w1], %[x], %[x]\n\tvpaddw %[t], %[a], %[a]\n\tvpaddw %[x], %[b], %[b]"
+               : [a] "+x"(a), [b] "+x"(b), [x] "+x"(x), [t] "=&x"(t)
+               : [w0] "x"(w0), [w1] "x"(w1));
 #else
-  acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(x, w));
+  a = _mm256_add_epi16(a, _mm256_maddubs_epi16(x, w0));
+  b = _mm256_add_epi16(b, _mm256_maddubs_epi16(x, w1));
 #endif
 }
 
@@ -37,8 +39,7 @@ inline void mac16(__m256i& acc, __m256i x, __m256i w) {
 #define MAC(r)                                                                          \
   {                                                                                     \
     const __m256i x = broadcast4((r < 3 ? low : high) + (r < 3 ? r : r - 3) * stride);  \
-    mac16(a##r, x, w0);                                                                 \
-    mac16(b##r, x, w1);                                                                 \
+    mac16(a##r, b##r, x, w0, w1);                                                       \
   }
 #define WIDEN(r)                                                                                          \
   to[2 * r] = _mm256_add_epi32(first ? start0 : to[2 * r], _mm256_madd_epi16(a##r, ones));                \

@@ -55,32 +55,19 @@ struct Problem {
 
   std::vector<int64_t> out_sizes() const { return sizes_with_last(x, n); }
 
-  // Scratch memory with the rows quantized by given steps [k], or (null) by the qparams of each row.
-  std::unique_ptr<uint8_t[]> quantize(const float* steps = nullptr, const int32_t* zero_point = nullptr) const {
-    std::unique_ptr<uint8_t[]> scratch(new uint8_t[fxquant_linear_scratch_bytes(m, k, weight_bits, act_bits)]);
-    const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(k, 1));
-    torch::stable::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) {
-      if (steps == nullptr)
-        fxquant_quantize_rows(data<float>(x), k, begin, end, k, weight_bits, act_bits, scratch.get(), m);
-      else
-        fxquant_quantize_rows_static(
-            data<float>(x), k, begin, end, k, weight_bits, act_bits, steps, zero_point, scratch.get(), m);
-    });
-    return scratch;
-  }
-
-  // use(m0, m1, n0, n1) for every tile, in parallel.
+  // Quantizes the rows, by given steps [k] or (null) by the qparams of each, into scratch memory, which it returns; then
+  // use(scratch, tile) for every tile. All of it in one parallel region.
   template <typename Use>
-  void tiles(Use use) const {
-    int64_t rows = 0, columns = 0;
-    fxquant_linear_tiles(m, n, weight_bits, act_bits, torch::stable::get_num_threads(), &rows, &columns);
-    const int64_t across = (n + columns - 1) / columns, down = (m + rows - 1) / rows;
-    torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; t++) {
-        const int64_t m0 = t / across * rows, n0 = t % across * columns;
-        use(m0, std::min(m0 + rows, m), n0, std::min(n0 + columns, n));
-      }
+  std::unique_ptr<uint8_t[]> run(const float* steps, const int32_t* zero_point, Use use) const {
+    std::unique_ptr<uint8_t[]> memory(new uint8_t[fxquant_linear_scratch_bytes(m, k, weight_bits, act_bits)]);
+    uint8_t* scratch = memory.get();
+    FxquantTeam team;
+    fxquant_team_start(&team, m, n, k, weight_bits, act_bits, torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, team.threads, 1, [&](int64_t seat, int64_t) {
+      fxquant_team_quantize(&team, seat, data<float>(x), k, steps, zero_point, scratch);
+      for (FxquantTile tile; fxquant_team_tile(&team, seat, &tile);) use(scratch, tile);
     });
+    return memory;
   }
 };
 
@@ -90,11 +77,10 @@ Tensor linear(const Problem& problem, const std::optional<Tensor>& bias, const f
   const float* b = added ? data<float>(*added) : nullptr;
   Tensor out = torch::stable::new_empty(problem.x, problem.out_sizes());
   if (problem.m == 0) return out;
-  const auto scratch = problem.quantize(steps, zero_point);
   float* y = data<float>(out);
   const int64_t n = problem.n;
-  problem.tiles([&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-    fxquant_linear_bias_tile(scratch.get(), problem.m, problem.packed, b, m0, m1, n0, n1, y + m0 * n + n0, n);
+  problem.run(steps, zero_point, [&](const uint8_t* scratch, const FxquantTile& t) {
+    fxquant_linear_bias_tile(scratch, problem.m, problem.packed, b, t.m0, t.m1, t.n0, t.n1, y + t.m0 * n + t.n0, n);
   });
   return out;
 }
@@ -149,7 +135,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_dynamic_int32(
   Tensor scale = torch::stable::new_empty(x, {m});
   Tensor zero = torch::stable::new_empty(x, {m}, ScalarType::Int);
   Tensor sums = torch::stable::new_empty(x, {m, n}, ScalarType::Int);
-  const auto scratch = problem.quantize();
+  const auto scratch = problem.run(nullptr, nullptr, [&](const uint8_t* codes, const FxquantTile& t) {
+    fxquant_linear_tile_int32(
+        codes, m, problem.packed, t.m0, t.m1, t.n0, t.n1, data<int32_t>(sums) + t.m0 * n + t.n0, n);
+  });
   const bool wide = is_wide(problem.weight_bits, problem.act_bits);
   const Scratch layout(m, k, wide);
   std::memcpy(data<float>(scale), scratch.get(), m * 4);
@@ -157,9 +146,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_dynamic_int32(
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < k; j++)
       data<uint8_t>(codes)[i * k + j] = scratch[layout.codes + i * layout.stride + j * (wide ? 2 : 1)];
-  problem.tiles([&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-    fxquant_linear_tile_int32(scratch.get(), m, problem.packed, m0, m1, n0, n1, data<int32_t>(sums) + m0 * n + n0, n);
-  });
   return {codes, scale, zero, sums};
 }
 

@@ -208,6 +208,32 @@ def test_codes_at_and_beside_every_tie(bits: int, isa: int) -> None:
         assert torch.equal(y, wanted), scale
 
 
+@pytest.mark.parametrize("bits", [4, 6, 7, 8])
+def test_codes_at_and_beside_every_tie_of_a_row_with_its_own_scale(bits: int) -> None:
+    """The kernels may multiply by the inverse of the scale: the codes must be those of a division."""
+    top = (1 << bits) - 1
+    for scale in (0.1, 1.0, 1 / 3, 1 + 2.0**-23, 2 - 2.0**-23, 0.7e-6, 1e-30, 1.1754944e-38, 1e17, 1e20, 1.3e36):
+        low, high = torch.tensor(-(top // 3) * scale), torch.tensor((top - top // 3) * scale)
+        exact = high / top - low / top
+        tie = (torch.arange(-(top // 3), top - top // 3) + 0.5) * exact
+        near = [tie]
+        for direction in (float("inf"), -float("inf")):
+            beside = tie
+            for _ in range(3):
+                beside = torch.nextafter(beside, torch.tensor(direction))
+                near.append(beside)
+        values = torch.cat(near).clamp(low, high)
+        x = torch.nn.functional.pad(values, (0, -len(values) % 62)).view(-1, 62)
+        x = torch.cat([x, low.expand(len(x), 1), high.expand(len(x), 1)], 1)  # the ends decide on the scale
+        wanted, scales, zeros = reference.quantize_activation(x, bits)
+        assert torch.equal(scales, exact.clamp_min(reference.linear.SMALLEST).expand(len(x)))
+        packed = pack_linear(torch.eye(64), Scheme(8, bits))
+        for isa in LEVELS:
+            codes, _, zero, _ = torch.ops.fxquant.linear_dynamic_int32(x, packed, 64, 8, bits, isa)
+            assert torch.equal(codes, wanted), (ISAS[isa], scale)
+            assert torch.equal(zero, zeros), (ISAS[isa], scale)
+
+
 @pytest.mark.parametrize("k", [1, 7, 8, 15, 16, 31, 33, 64, 130])
 def test_every_channel_has_its_own_step(k: int) -> None:
     """The codes themselves: the weight is the identity, and steps differ from one channel to the next."""
@@ -260,16 +286,20 @@ def test_a_refused_call_leaves_the_instruction_set_alone() -> None:
     assert ctypes.CDLL(str(library_path())).fxquant_isa() == before
 
 
-def test_one_and_two_threads_give_the_same_bits() -> None:
-    x, packed, before = torch.randn(101, 96), pack_linear(torch.randn(70, 96), Scheme(8, 8)), torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(torch.ops.fxquant.linear_dynamic(x, packed, None, 70, 8, 8))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*results)
+@pytest.mark.parametrize(("m", "n", "k"), [(101, 70, 96), (16, 200, 256), (1, 640, 900), (257, 48, 64)])
+def test_any_number_of_threads_gives_the_same_bits(m: int, n: int, k: int) -> None:
+    x, weight, before = torch.randn(m, k), torch.randn(n, k), torch.get_num_threads()
+    for scheme in (Scheme(8, 8), Scheme(6, 6)):
+        packed, results = pack_linear(weight, scheme), []
+        try:
+            for threads in (1, 2, 3, 5):
+                torch.set_num_threads(threads)
+                results += [
+                    torch.ops.fxquant.linear_dynamic(x, packed, None, n, scheme.weight_bits, scheme.act_bits) for _ in range(20)
+                ]
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_w8a7_is_close_to_float() -> None:
