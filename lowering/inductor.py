@@ -54,8 +54,8 @@ def _linear(inductor: Inductor, op: Any, template: Any, shell: Callable[..., Lin
         static = [value for value in rest if not isinstance(value, int)]
         out_features, *numbers = rest[len(static) :]
         *lead, k = x.get_size()
-        # The operator spreads one step over all channels.
-        if x.get_device().type != "cpu" or (static and static[0].get_size() != [k]):
+        is_spread = not static or static[0].get_size() == [k]  # the operator spreads one step over all channels
+        if x.get_device().type != "cpu" or not is_spread or not sympy.sympify(k).is_number:
             return inductor.fallback_handler(op)(x, packed, bias, *rest)
         m = sympy.Mul(*lead)
         inputs = {"X": inductor.realize_contiguous(inductor.view(x, [m, k])), "W": inductor.realize(packed)}

@@ -97,7 +97,7 @@ from torch._dynamo.utils import counters
 torch.manual_seed(0)
 linear, x = torch.nn.Linear(64, 48), torch.randn(5, 64)
 with torch.no_grad():
-    y = torch.compile(linear, backend="fxquant", options={"scheme": sys.argv[1]})(x)
+    y = torch.compile(lambda x: linear(x).tanh(), backend="fxquant", options={"scheme": sys.argv[1]})(x)
 stats = counters["inductor"]
 print(stats["fxgraph_cache_hit"], stats["fxgraph_cache_miss"], y.double().sum().item().hex())
 """
@@ -120,7 +120,9 @@ def test_a_warm_start_hits_the_cache_and_gives_the_same_bits(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="needs a CPU for which Inductor can write two widths")
-def test_code_for_other_vectors_is_no_cache_hit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8", "float"])
+def test_code_for_other_vectors_is_no_cache_hit(tmp_path: Path, scheme: str) -> None:
     """Inductor's own key lacks their width: code written in steps of 8 floats and compiled for 16 overruns its buffers."""
-    assert in_new_process(tmp_path, "w8a8", ATEN_CPU_CAPABILITY="avx2")[:2] == (0, 1)
-    assert in_new_process(tmp_path, "w8a8", ATEN_CPU_CAPABILITY="avx512")[:2] == (0, 1)
+    assert in_new_process(tmp_path, scheme, ATEN_CPU_CAPABILITY="avx2")[:2] == (0, 1)
+    assert in_new_process(tmp_path, scheme, ATEN_CPU_CAPABILITY="avx512")[:2] == (0, 1)
+    assert in_new_process(tmp_path, scheme, ATEN_CPU_CAPABILITY="avx512")[:2] == (1, 0)
