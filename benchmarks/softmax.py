@@ -1,8 +1,11 @@
-"""Softmax over the last dimension: ``python benchmarks/softmax.py [--isa avx2] [--threads 1] [--quick]``.
+"""Softmax over the last dimension: ``python benchmarks/softmax.py [--isa avx2] [--threads 1] [--quick] [--lengths]``.
 
 torch.softmax with ``out=`` and our three forms write into the same tensor, and a plain copy of the input, which reads and
 writes each element once, stands beside them: the last column says which part of the copy's bandwidth a form reaches,
 counting one read and one write of every element. Calls are interleaved; a figure is the 15th percentile of its times.
+
+``--lengths`` is what lowering/schedule.py is made from: a softmax alone in a compiled graph, by length of the row, Inductor's
+own code against our operator. Both allocate their result.
 """
 
 import argparse
@@ -22,6 +25,8 @@ from fxquant.lowering.isa import current_isa
 from fxquant.ops import BLOCKED, THREE_PASS, TWO_PASS
 
 SHAPES = ((8, 1 << 22), (1024, 32768), (256, 4096), (1024, 128))
+LENGTHS = tuple(1 << bits for bits in range(7, 23))
+ELEMENTS = 1 << 22  # of each tensor of --lengths, and at least two rows
 FORMS = {"three-pass": THREE_PASS, "two-pass": TWO_PASS, "blocked": BLOCKED, "chosen": -1}
 
 
@@ -31,6 +36,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=["avx2"], help="hold torch to AVX2 too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="half a second a shape")
+    parser.add_argument("--lengths", action="store_true", help="our operator against Inductor's code by length of the row")
     options = parser.parse_args()
     if options.isa and os.environ.get("FXQUANT_ISA") != options.isa:
         sys.exit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, **AVX2}))
@@ -38,10 +44,16 @@ def main() -> None:
     isa = current_isa()
     load_library(isa=ISAS.index(isa))
     print(f"torch capability {torch.backends.cpu.get_cpu_capability()}, fxquant {isa}, {options.threads} threads\n")
+    seconds = 0.5 if options.quick else 8.0
+    if options.lengths:
+        print("| rows x elements | Inductor, us | median | fxquant, us | median | ratio |\n|---|---|---|---|---|---|")
+        for n in LENGTHS:
+            against_inductor((max(2, ELEMENTS // n), n), seconds / 2)
+        return
     print("| rows x elements | form | us | median | x torch.softmax(out=) | x three-pass | GB/s | of the copy's |")
     print("|---|---|---|---|---|---|---|---|")
     for shape in SHAPES:
-        compare(shape, seconds=0.5 if options.quick else 8.0)
+        compare(shape, seconds)
 
 
 @torch.no_grad()
@@ -60,6 +72,22 @@ def compare(shape: tuple[int, int], seconds: float) -> None:
             f"| {rows['three-pass'][0] / spent:.2f} | {moved / spent / 1e3:.1f} | {rows['copy'][0] / spent:.2f} |",
             flush=True,
         )
+
+
+@torch.no_grad()
+def against_inductor(shape: tuple[int, int], seconds: float) -> None:
+    """One row of --lengths."""
+    x = torch.randn(shape)
+    ours = partial(torch.ops.fxquant.softmax.default, x)
+    torch.compiler.reset()
+    rows = measure({"inductor": partial(torch.compile(_softmax, dynamic=False), x), "fxquant": ours}, 2000, seconds)
+    (theirs, busy), (spent, own_busy) = figures(rows["inductor"]), figures(rows["fxquant"])
+    ratio = theirs / spent
+    print(f"| {shape[0]}x{shape[1]} | {theirs:.0f} | {busy:.2f} | {spent:.0f} | {own_busy:.2f} | {ratio:.2f} |", flush=True)
+
+
+def _softmax(x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x, -1)
 
 
 if __name__ == "__main__":

@@ -55,12 +55,14 @@ def report(compiled: Callable[..., Any]) -> "Report":
     from fxquant.reporting.report import Report
     from fxquant.tracker import tracker
 
-    if isinstance(compiled, torch.nn.Module):
+    names = _parameter_names(compiled) if isinstance(compiled, torch.nn.Module) else {}
+    if names:
         # Modules are known by their Parameters; many models share the code of one wrapper function.
-        names = _parameter_names(compiled)
         records = [r for graph in tracker().graphs() for r in graph.records_for(names, lambda ids: bool(ids & names.keys()))]
     else:
-        records = _function_records(getattr(compiled, "_torchdynamo_orig_callable", compiled))
+        module = getattr(compiled, "_orig_mod", compiled)
+        function = module.forward if isinstance(module, torch.nn.Module) else compiled
+        records = _function_records(getattr(function, "_torchdynamo_orig_callable", function))
     if not records:
         raise ReportError(
             'report: no graph of this object was compiled with backend="fxquant"; call the compiled model once first'

@@ -201,3 +201,17 @@ def test_data_dependent_shapes_still_train() -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), pytest.warns(fxquant.GradModeWarning):
         got = compiled(function, codegen="inductor")(X)
     assert torch.allclose(got, function(X), atol=1e-4)
+
+
+class Sigmoid(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(q @ k.transpose(-1, -2) * 0.25 - 2.0) @ v
+
+
+@torch.no_grad()
+def test_a_module_without_parameters_is_known_by_its_code() -> None:
+    module = Sigmoid()
+    call = compiled(module)
+    call(*torch.randn(3, 1, 2, 8, 16))
+    for target in (call, module):
+        assert [row.kind for graph in fxquant.report(target).graphs for row in graph.sites] == ["sigmoid_attention"]
