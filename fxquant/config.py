@@ -8,6 +8,9 @@ Precedence, highest first:
 4. the default written below.
 
 For one site the first pattern of ``sites`` that matches wins over ``scheme``.
+
+``inductor={"cpp_wrapper": True}`` has Inductor write the code around the kernels in C++ too: the same bits, and less than 1%
+off a call of MiniLM at 128 tokens, for a first call that takes several times as long where nothing is cached.
 """
 
 import difflib

@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from fxquant import ops as operators
 from fxquant.lowering.inductor import register
 
-FRESH = {"fx_graph_cache": False}
+FRESH: dict[str, Any] = {"fx_graph_cache": False}
 SCHEMES = ("w8a7", "w2a4", "w4a16-g32", "w8a16", "w4a8-g64", "w4a8")
-CPP = {"cpp_wrapper": True, **FRESH}
+CPP: dict[str, Any] = {"cpp_wrapper": True, **FRESH}
 
 
 def through(model: Callable[..., Any], inductor: dict[str, Any], **options: Any) -> Any:

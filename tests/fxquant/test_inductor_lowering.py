@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
+from torch.profiler import ProfilerActivity, profile
 
 import fxquant
 from fxquant.reference import rows
@@ -34,7 +35,7 @@ def test_bias_and_gelu_are_fused_into_the_kernel() -> None:
     linear = nn.Linear(64, 50)
     got, plain, code = both(lambda x: nn.functional.gelu(linear(x)), torch.randn(7, 64))
     assert torch.allclose(got, plain, rtol=1e-6, atol=5e-7)
-    assert code.count("fxquant_linear_tile(") == 2  # its declaration and its one call
+    assert code.count("fxquant_linear_bias_tile(") == 2  # its declaration and its one call
     (kernel,) = [part for part in code.split("async_compile.cpp") if "#pragma omp for" in part]
     assert str(GELU_END) in kernel
     assert "erf(" not in kernel
@@ -83,12 +84,17 @@ def test_inputs_with_strides_and_results_with_two_readers() -> None:
 
 
 @torch.no_grad()
-def test_cpp_wrapper_calls_the_operator() -> None:
-    linear, x = nn.Linear(40, 24), torch.randn(6, 40)
-    options: Any = {**W8A8, "inductor": {"cpp_wrapper": True}}
-    compiled = torch.compile(linear, backend="fxquant", options=options)
-    plain = torch.compile(linear, backend="fxquant", options={**W8A8, "codegen": "ops"})
-    assert torch.equal(compiled(x), plain(x))
+def test_kernels_have_names_of_their_own_in_profiles() -> None:
+    """Linears of unlike sizes are told apart; those with equal sources still share one compiled kernel."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    named = {"fx_graph_cache": False, "cpp.enable_kernel_profile": True}
+    compiled = torch.compile(model, backend="fxquant", options={**W8A8, "inductor": named})
+    _, (code,) = run_and_get_code(compiled, torch.randn(7, 64))
+    assert code.count("async_compile.cpp_pybinding(") == 3
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        compiled(torch.randn(7, 64))
+    names = [event.name for event in seen.events() or () if "linear_dynamic" in event.name]
+    assert [name.partition("linear_dynamic_")[2] for name in names] == ["w8a8_96x64", "w8a8_64x96", "w8a8_64x64", "w8a8_64x64"]
 
 
 SCRIPT = """
