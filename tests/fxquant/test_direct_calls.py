@@ -18,7 +18,8 @@ CPP: dict[str, Any] = {"cpp_wrapper": True, **FRESH}
 
 
 def through(model: Callable[..., Any], inductor: dict[str, Any], **options: Any) -> Any:
-    return torch.compile(model, backend="fxquant", options={"inductor": inductor, **options})
+    settings: dict[str, Any] = {"inductor": inductor, **options}
+    return torch.compile(model, backend="fxquant", options=settings)
 
 
 def ops(model: Callable[..., Any], **options: Any) -> Any:
