@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import sympy
 import torch
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._guards import TracingContext, detect_fake_mode
@@ -184,6 +185,8 @@ class Inductor:
     register_lowering: Callable[..., Any]
     fallback_handler: Callable[..., Any]
     view: Callable[..., Any]
+    permute: Callable[..., Any]
+    direct_call: Callable[..., Any]
     gen_2d_view: Callable[..., Any]
     export_declaration: Callable[[], str]
     threads: Callable[[], int]
@@ -209,6 +212,8 @@ class Inductor:
             register_lowering=lowering.register_lowering,
             fallback_handler=lowering.fallback_handler,
             view=lowering.view,
+            permute=lowering.permute,
+            direct_call=_direct_call(ir, V, get_export_declaration, Placeholder.KERNEL_NAME),
             gen_2d_view=gen_2d_view_of_epilogue_buf,
             export_declaration=get_export_declaration,
             threads=parallel_num_threads,
@@ -234,6 +239,18 @@ class Inductor:
         buffer = self._ir.CppTemplateBuffer(template.layout, template.input_nodes, make_kernel_render, template, None)
         return self._ir.TensorBox.create(buffer)
 
+    def profile_line(self, kernel: Any, title: str) -> str:
+        """The line that makes a template's kernel appear in profiles under ``title``; empty where nobody profiles."""
+        return str(kernel.maybe_codegen_profile()).replace(str(self._kernel_name), title)
+
+    def is_equal(self, a: Any, b: Any) -> bool:
+        """Whether two sizes are equal whatever the symbols in them are."""
+        return bool(self.graph().sizevars.statically_known_equals(a, b))
+
+    def is_positive(self, a: Any) -> bool:
+        """Whether a size is at least 1 whatever the symbols in it are."""
+        return bool(self.graph().sizevars.statically_known_geq(a, 1))
+
     def graph(self) -> Any:
         """The graph that is being lowered."""
         return self._virtualized.graph
@@ -241,6 +258,16 @@ class Inductor:
     def realize(self, node: Any) -> Any:
         """A node as a buffer in memory."""
         return self._ir.ExternKernel.realize_input(node)
+
+    def realize_dense_rows(self, node: Any) -> Any:
+        """A node in memory with any strides, but the values of a row side by side."""
+        made = self._ir.ExternKernel.realize_input(node)
+        if self._ir.is_storage_and_layout(made):
+            self._ir.as_storage_and_layout(made, freeze=True)
+            sizes, strides = made.get_size(), made.get_stride()
+            if self.is_equal(sizes[-1], 1) or self.is_equal(strides[-1], 1):
+                return made
+        return self.realize_contiguous(node)
 
     def realize_contiguous(self, node: Any) -> Any:
         """A node as a contiguous buffer in memory."""
@@ -264,3 +291,47 @@ class Inductor:
         """The buffer ``out`` computed element by element."""
         data = self._ir.Pointwise(device=out.get_device(), dtype=out.get_dtype(), inner_fn=inner, ranges=out.get_size())
         return self._ir.ComputedBuffer(name=out.get_name(), layout=out.layout, data=data)
+
+
+def _direct_call(ir: Any, virtualized: Any, export_declaration: Callable[[], str], placeholder: Any) -> Callable[..., Any]:
+    """``(call, layout, operands, numbers, factor) → value``: a buffer that a call of a library function fills."""
+    from torch._inductor import config
+
+    class Node(ir.ExternKernelOut):  # type: ignore[misc]
+        def __init__(self, call: Any, layout: Any, operands: list[Any], numbers: list[Any], factor: float) -> None:
+            self.call = call  # before the base class, which registers the node
+            self.factor = factor
+            super().__init__(layout=layout, inputs=operands, constant_args=tuple(numbers))
+
+        def codegen(self, wrapper: Any) -> None:
+            """Define the kernel where no call has done so yet, and call it."""
+            self.codegen_comment(wrapper)
+            names = [*(x.get_name() for x in self.inputs), self.get_name()]
+            offsets = [*(x.get_layout().offset for x in self.inputs), 0]
+            numbers = [wrapper.codegen_sizevar(sympy.sympify(n)) for n in (*offsets, *self.constant_args)]
+            arguments = [*names, *numbers, repr(self.factor)]
+            kernel = self._define(wrapper)
+            wrapper.generate_kernel_call(kernel, arguments, triton=False, arg_types=self.call.arg_types())
+
+        def _define(self, wrapper: Any) -> str:
+            graph, function = virtualized.graph, self.call.function
+            profile = ("", "")
+            if config.cpp.enable_kernel_profile:
+                handle = "torch::aot_inductor::RAIIAtenRecordFunctionHandle"
+                line = f'{handle} record_{function}_("graph_{graph.graph_id}_{function}", nullptr);'
+                profile = ("#include <torch/csrc/inductor/aoti_runtime/utils.h>\n", line)
+            source = self.call.source(str(placeholder), export_declaration(), profile)
+            if source not in wrapper.src_to_kernel:
+                name = f"cpp_{function}_{wrapper.next_kernel_suffix()}"
+                wrapper.src_to_kernel[source] = name
+                code = source.replace(str(placeholder), name if graph.cpp_wrapper else "kernel")
+                start = code.rfind('extern "C"')
+                definition = code[start : code.find(")", start) + 1] + ";\n"
+                body = code if graph.cpp_wrapper else f"async_compile.cpp_pybinding({self.call.arg_types()!r}, r'''\n{code}''')"
+                wrapper.define_kernel(name, body, gpu=False, cpp_definition=definition)
+            return str(wrapper.src_to_kernel[source])
+
+    def make(call: Any, layout: Any, operands: list[Any], numbers: list[Any], factor: float) -> Any:
+        return ir.TensorBox.create(Node(call, layout, operands, numbers, factor))
+
+    return make

@@ -12,9 +12,8 @@ from fxquant.reach import siblings, tensor_ids
 
 if TYPE_CHECKING:
     from fxquant.calibration.calibration import Calibration
-    from fxquant.reporting.record import GraphRecord
     from fxquant.reporting.report import Report
-    from fxquant.tracker import CompiledGraph
+    from fxquant.tracker import BoundRecord, CompiledGraph
 
 
 def explain(model: Callable[..., Any], /, *args: Any, options: object = None, **kwargs: Any) -> "Report":
@@ -49,20 +48,23 @@ def explain(model: Callable[..., Any], /, *args: Any, options: object = None, **
 def report(compiled: Callable[..., Any]) -> "Report":
     """What happened to every graph of a compiled module or function; layers compiled one by one are found too.
 
+    What was compiled more than once with different options is reported as it was compiled last.
+
     Raises:
         ReportError: nothing was compiled with ``backend="fxquant"`` for it, or it has not been called yet.
     """
     from fxquant.reporting.report import Report
-    from fxquant.tracker import tracker
+    from fxquant.tracker import latest, tracker
 
     names = _parameter_names(compiled) if isinstance(compiled, torch.nn.Module) else {}
     if names:
         # Modules are known by their Parameters; many models share the code of one wrapper function.
-        records = [r for graph in tracker().graphs() for r in graph.records_for(names, lambda ids: bool(ids & names.keys()))]
+        found = [r for graph in tracker().graphs() for r in graph.records_for(names, lambda ids: bool(ids & names.keys()))]
     else:
         module = getattr(compiled, "_orig_mod", compiled)
         function = module.forward if isinstance(module, torch.nn.Module) else compiled
-        records = _function_records(getattr(function, "_torchdynamo_orig_callable", function))
+        found = _function_records(getattr(function, "_torchdynamo_orig_callable", function))
+    records = latest(found)
     if not records:
         raise ReportError(
             'report: no graph of this object was compiled with backend="fxquant"; call the compiled model once first'
@@ -110,7 +112,7 @@ def _parameter_names(module: torch.nn.Module) -> dict[int, str]:
     return {id(tensor): name.replace("_orig_mod.", "") for name, tensor in named}
 
 
-def _function_records(function: Callable[..., Any]) -> "list[GraphRecord]":
+def _function_records(function: Callable[..., Any]) -> "list[BoundRecord]":
     """The records of a function's graphs; functions that share one code are told apart by the weights they reach."""
     from fxquant.tracker import tracker
 
@@ -124,7 +126,7 @@ def _function_records(function: Callable[..., Any]) -> "list[GraphRecord]":
     return [record for graphs in parts.values() for record in _own_records(graphs, own, foreign)]
 
 
-def _own_records(graphs: "list[CompiledGraph]", own: set[int], foreign: set[int]) -> "list[GraphRecord]":
+def _own_records(graphs: "list[CompiledGraph]", own: set[int], foreign: set[int]) -> "list[BoundRecord]":
     """Of all records of one part of a code those with weights in ``own``; where there is none, those not in ``foreign``."""
     if any(graph.records_for({}, lambda ids: bool(ids & own)) for graph in graphs):
         return [record for graph in graphs for record in graph.records_for({}, lambda ids: not ids or bool(ids & own))]

@@ -24,7 +24,7 @@ from fxquant.errors import CalibrationError, FloatFallbackWarning, GradModeWarni
 from fxquant.lowering.cpu.build import load_library
 from fxquant.lowering.inductor import register
 from fxquant.lowering.isa import current_isa
-from fxquant.lowering.salt import cache_salt
+from fxquant.lowering.salt import cache_salt, float_salt
 from fxquant.passes.fuse import FUSIONS
 from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.fuse.linear import fuse_linears
@@ -278,7 +278,7 @@ def _compile_float(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph
     log_passes.info("%s stays float: %s", graph.record.place, refusal)
     if refusal.warning is not None:
         warnings.warn(f"fxquant: {graph.record.place}: {refusal}", refusal.warning, stacklevel=2)
-    run = gm.forward if graph.config.codegen == "ops" else compile_fx(gm, args, graph.config.inductor)
+    run = gm.forward if graph.config.codegen == "ops" else compile_fx(gm, args, float_salt(graph.config.inductor))
 
     weights = positions_getter([i for i, arg in enumerate(args) if isinstance(arg, torch.nn.Parameter)])
 

@@ -10,7 +10,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,12 +129,12 @@ class CompiledGraph:
         """Whether this graph is of a function's code, follows a graph break in it, or was compiled for a call in it."""
         return any(_is_in(code, *place) for place in self._places)
 
-    def records_for(self, names: dict[int, str], keep: Callable[[set[int]], bool]) -> list[GraphRecord]:
+    def records_for(self, names: dict[int, str], keep: Callable[[set[int]], bool]) -> list["BoundRecord"]:
         """One record a bound set of Parameters that ``keep`` takes by their identities; ``names`` are those of a module."""
         if not self.bound:
             mine = {id(p) for ref in self._parameters if (p := ref()) is not None}
             is_orphan = bool(self._parameters) and not mine  # nobody can call it any more
-            return [self.record] if keep(mine) and not is_orphan else []
+            return [BoundRecord(self.record, frozenset(mine))] if keep(mine) and not is_orphan else []
         found = []
         for refs, packed in list(self.bound.values()):
             ids = {id(tensor) for ref in refs if (tensor := ref()) is not None}
@@ -142,8 +142,28 @@ class CompiledGraph:
                 continue
             rows = tuple(_rebound(row, packed) for row in self.record.sites)
             prefix = _common_prefix([name for key, name in names.items() if key in ids])
-            found.append(replace(self.record, sites=rows, bound_to=prefix))
+            found.append(BoundRecord(replace(self.record, sites=rows, bound_to=prefix), frozenset(ids)))
         return found
+
+
+@dataclass(frozen=True)
+class BoundRecord:
+    """The record of a graph with one set of Parameters, by their identities."""
+
+    record: GraphRecord
+    parameters: frozenset[int]
+
+    def replaces(self, other: "BoundRecord") -> bool:
+        """Whether this is of the same code on the same weights as another one, compiled with other options."""
+        mine, its = self.record, other.record
+        same_code = (mine.place, mine.name) == (its.place, its.name)
+        same_weights = self.parameters == other.parameters or not self.parameters.isdisjoint(other.parameters)
+        return same_code and same_weights and mine.config != its.config
+
+
+def latest(found: Sequence[BoundRecord]) -> list[GraphRecord]:
+    """Of records in the order in which they were compiled those that no later compilation with other options replaced."""
+    return [each.record for i, each in enumerate(found) if not any(later.replaces(each) for later in found[i + 1 :])]
 
 
 class Tracker:

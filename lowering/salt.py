@@ -15,9 +15,16 @@ from fxquant._compat import make_salt_pass, user_post_grad_passes, vector_isa
 
 def cache_salt(isa: str, user_patches: dict[str, Any]) -> dict[str, Any]:
     """The Inductor config patches of one compilation: the user's own, with our salt added to the cache keys."""
-    passes = user_post_grad_passes(user_patches)
-    salt = make_salt_pass(f"{source_digest()}-{isa}-{vector_isa()}")
-    return {**user_patches, "post_grad_custom_pre_pass": [*passes, salt]}
+    return _salted(f"{source_digest()}-{isa}-{vector_isa()}", user_patches)
+
+
+def float_salt(user_patches: dict[str, Any]) -> dict[str, Any]:
+    """The same for a graph that stays float: nothing in it is ours, but its key must know Inductor's vectors all the same."""
+    return _salted(vector_isa(), user_patches)
+
+
+def _salted(value: str, user_patches: dict[str, Any]) -> dict[str, Any]:
+    return {**user_patches, "post_grad_custom_pre_pass": [*user_post_grad_passes(user_patches), make_salt_pass(value)]}
 
 
 @functools.cache

@@ -68,6 +68,7 @@ UNITS: dict[str, tuple[str, ...]] = {
     "attention_avx2.cpp": _AVX2,
     "attention_avx512.cpp": _AVX512,
     "attention_ops.cpp": _TORCH,
+    "attention_call.cpp": _TORCH,
     "program.cpp": (),
     "program_scalar.cpp": (),
     "program_avx2.cpp": _AVX2,

@@ -1,16 +1,17 @@
 // Turns a row program into stages and runs them on a block of rows.
-#include "program.h"
+#include "program_stages.h"
 
 #include "isa.h"
 #include "layout.h"
 #include "linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace fxquant {
 namespace {
 
-constexpr int64_t kArenaBudget = 640 << 10;  // of a second-level cache of 1 MiB, which weights pass through too
+constexpr int64_t kArenaBudget = 800 << 10;  // of a second-level cache of 1 MiB, which weights pass through too
 constexpr int64_t kMostRows = 96;
 constexpr int64_t kChunk = 4;  // rows that pass through norms and quantization together: they stay in L1
 
@@ -26,36 +27,69 @@ bool is_elementwise(int64_t op) { return op >= kGeluErf; }
 // An odd number of cache lines: rows a power of two apart would fall into one set of the first-level cache.
 int64_t padded(int64_t width) { return ((width + 15) / 16 * 16) | 16; }
 
+int64_t tile_columns(int64_t width) { return width >= 512 ? 64 : 32; }
+
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+std::vector<RowRegister> registers_of(const RowLists& lists) {
+  std::vector<RowRegister> made;
+  made.reserve(lists.register_count);
+  for (int64_t r = 0; r < lists.register_count; r++) {
+    const int64_t width = lists.registers[2 * r], place = lists.registers[2 * r + 1];
+    made.push_back({width, place < 0 ? nullptr : const_cast<float*>(lists.inputs[place])});  // no instruction writes it
+  }
+  for (int64_t k = 0; k < lists.output_count; k++) made[lists.output_registers[k]].memory = lists.outputs[k];
+  return made;
+}
+
+std::vector<RowInstruction> code_of(const RowLists& lists) {
+  std::vector<RowInstruction> made(lists.instruction_count);
+  std::memcpy(made.data(), lists.program, made.size() * sizeof(RowInstruction));
+  return made;
+}
 
 }  // namespace
 
 RowProgram::RowProgram(int64_t m, std::vector<RowRegister> registers, std::vector<RowInstruction> code,
-                       std::vector<const uint8_t*> packed, std::vector<const float*> params, std::vector<float> constants)
-    : m_(m), registers_(std::move(registers)), code_(std::move(code)), packed_(std::move(packed)),
-      params_(std::move(params)), constants_(std::move(constants)), functions_(functions_in_force()) {
+                       const uint8_t* const* packed, const void* const* params, const double* constants)
+    : m_(m), registers_(std::move(registers)), code_(std::move(code)), packed_(packed), params_(params),
+      constants_(constants), functions_(functions_in_force()) {
+  offsets_.reserve(registers_.size());
   for (const RowRegister& reg : registers_) {
     offsets_.push_back(floats_);
     if (reg.memory == nullptr) floats_ += padded(reg.width);
   }
-  std::vector<int64_t> versions(registers_.size(), 0);
-  for (int64_t i = 0; i < static_cast<int64_t>(code_.size()); i++) {
-    if (is_linear(code_[i].op))
-      add_linear(i, versions);
-    else {
-      if (stages_.empty() || (stages_.back().is_linear && !follows_linear(code_[i]))) stages_.push_back({false, {}});
-      stages_.back().steps.push_back({i, -1});
-    }
-    versions[code_[i].dst]++;
-  }
+  add_stages();
   assign_lanes();
 }
 
+RowProgram::RowProgram(int64_t m, const RowLists& lists)
+    : RowProgram(m, registers_of(lists), code_of(lists), lists.packed, lists.params, lists.constants) {}
+
+// Elementwise work right after a linear, on as many columns, runs while the linear's tile is in L1.
+void RowProgram::add_stages() {
+  std::vector<int64_t> versions(registers_.size(), 0);
+  for (int64_t i = 0; i < static_cast<int64_t>(code_.size()); i++) {
+    const RowInstruction& it = code_[i];
+    if (is_linear(it.op)) {
+      add_linear(i, versions);
+    } else {
+      const bool fits = !stages_.empty() && (stages_.back().width == 0 ||
+                                             (is_elementwise(it.op) && stages_.back().width == registers_[it.dst].width));
+      if (!fits) stages_.push_back({0, {}});
+      stages_.back().steps.push_back({i, -1});
+    }
+    versions[it.dst]++;
+  }
+}
+
+// A linear whose codes are there joins the linear before it where both have the same columns: q, k and v, or a gate and
+// what it multiplies, are one stage.
 void RowProgram::add_linear(int64_t index, const std::vector<int64_t>& versions) {
   const RowInstruction& it = code_[index];
   const int32_t weight_bits = reinterpret_cast<const Header*>(packed_[it.b])->weight_bits;
   const int32_t act_bits = static_cast<int32_t>(it.third);
-  const int64_t steps = it.op == kLinearStatic ? it.second : -1;
+  const int64_t steps = it.op == kLinearStatic ? it.second : -1, width = registers_[it.dst].width;
   const bool wide = is_wide(weight_bits, act_bits);
   const auto holds = [&](const Codes& c) {
     return c.source == it.a && c.version == versions[it.a] && c.act_bits == act_bits && c.wide == wide &&
@@ -65,11 +99,12 @@ void RowProgram::add_linear(int64_t index, const std::vector<int64_t>& versions)
   const int64_t codes = found - codes_.begin();
   if (found == codes_.end()) {
     codes_.push_back({it.a, versions[it.a], registers_[it.a].width, index, 0, weight_bits, act_bits, wide, steps});
-    if (stages_.empty() || stages_.back().is_linear) stages_.push_back({false, {}});
+    if (stages_.empty() || stages_.back().width != 0) stages_.push_back({0, {}});
     stages_.back().steps.push_back({index, codes});
   }
   codes_[codes].last = index;
-  stages_.push_back({true, {{index, codes}}});
+  if (stages_.back().width != width) stages_.push_back({width, {}});
+  stages_.back().steps.push_back({index, codes});
 }
 
 // Codes that are not needed at the same time share memory.
@@ -77,7 +112,7 @@ void RowProgram::assign_lanes() {
   std::vector<int64_t> busy;  // the last instruction that reads a lane's codes
   for (const Stage& stage : stages_)
     for (const Step& step : stage.steps) {
-      if (stage.is_linear || step.codes < 0) continue;
+      if (stage.width != 0 || step.codes < 0) continue;
       Codes& codes = codes_[step.codes];
       const auto is_free = [&](int64_t last) { return last < step.instruction; };
       codes.lane = std::find_if(busy.begin(), busy.end(), is_free) - busy.begin();
@@ -89,12 +124,6 @@ void RowProgram::assign_lanes() {
       const auto bytes = [this](int64_t c) { return Scratch(1, codes_[c].k, codes_[c].wide).bytes; };
       if (bytes(step.codes) > bytes(lane_codes_[codes.lane])) lane_codes_[codes.lane] = step.codes;
     }
-}
-
-// Elementwise work right after a linear, on as many columns, runs while the linear's tile is in L1.
-bool RowProgram::follows_linear(const RowInstruction& it) const {
-  const int64_t n = registers_[code_[stages_.back().steps.front().instruction].dst].width;
-  return is_elementwise(it.op) && registers_[it.dst].width == n;
 }
 
 int64_t RowProgram::block_rows(int64_t threads) const {
@@ -143,18 +172,13 @@ void RowProgram::run_parts(uint8_t* arena, int64_t stage, int64_t begin, int64_t
   run_stage({arena, 0, m_}, stages_[stage], begin, end);
 }
 
-int64_t RowProgram::tile_columns(const Stage& stage) const {
-  return registers_[code_[stage.steps.front().instruction].dst].width >= 512 ? 64 : 32;
-}
-
 int64_t RowProgram::parts_of(const Stage& stage, int64_t rows) const {
-  if (!stage.is_linear) return (rows + kChunk - 1) / kChunk;
-  const int64_t columns = tile_columns(stage);
-  return (registers_[code_[stage.steps.front().instruction].dst].width + columns - 1) / columns;
+  if (stage.width == 0) return (rows + kChunk - 1) / kChunk;
+  return (stage.width + tile_columns(stage.width) - 1) / tile_columns(stage.width);
 }
 
 void RowProgram::run_stage(const Frame& frame, const Stage& stage, int64_t begin, int64_t end) const {
-  stage.is_linear ? run_columns(frame, stage, begin, end) : run_rows(frame, stage, begin, end);
+  stage.width == 0 ? run_rows(frame, stage, begin, end) : run_columns(frame, stage, begin, end);
 }
 
 void RowProgram::run_rows(const Frame& frame, const Stage& stage, int64_t begin, int64_t end) const {
@@ -174,29 +198,31 @@ void RowProgram::run_rows(const Frame& frame, const Stage& stage, int64_t begin,
                               frame.rows);
       else
         fxquant_quantize_rows_static(x, stride(codes.source), i, i + rows, codes.k, codes.weight_bits, codes.act_bits,
-                                     params_[codes.steps], reinterpret_cast<const int32_t*>(params_[codes.steps + 1]),
-                                     scratch, frame.rows);
+                                     vector(codes.steps), static_cast<const int32_t*>(params_[codes.steps + 1]), scratch,
+                                     frame.rows);
     }
   }
 }
 
 void RowProgram::run_columns(const Frame& frame, const Stage& stage, int64_t begin, int64_t end) const {
-  const RowInstruction& linear = code_[stage.steps.front().instruction];
-  const int64_t n = registers_[linear.dst].width, columns = tile_columns(stage), ldo = stride(linear.dst);
-  const uint8_t* codes = codes_at(frame, stage.steps.front().codes);
-  for (int64_t n0 = begin * columns; n0 < std::min(end * columns, n); n0 += columns) {
-    const int64_t n1 = std::min(n0 + columns, n);
-    float* out = row(frame, linear.dst, 0) + n0;
-    fxquant_linear_tile(codes, frame.rows, packed_[linear.b], 0, frame.rows, n0, n1, out, ldo);
-    if (linear.first >= 0)
-      functions_.of[kAdd]({out, out, params_[linear.first] + n0, nullptr, ldo, ldo, 0, frame.rows, n1 - n0, 0.f});
-    for (size_t s = 1; s < stage.steps.size(); s++)
-      apply(frame, code_[stage.steps[s].instruction], 0, frame.rows, n0, n1);
+  const int64_t columns = tile_columns(stage.width);
+  for (int64_t n0 = begin * columns; n0 < std::min(end * columns, stage.width); n0 += columns) {
+    const int64_t n1 = std::min(n0 + columns, stage.width);
+    for (const Step& step : stage.steps) {
+      const RowInstruction& it = code_[step.instruction];
+      if (step.codes < 0) {
+        apply(frame, it, 0, frame.rows, n0, n1);
+        continue;
+      }
+      fxquant_linear_bias_tile(codes_at(frame, step.codes), frame.rows, packed_[it.b],
+                               it.first < 0 ? nullptr : vector(it.first), 0, frame.rows, n0, n1,
+                               row(frame, it.dst, 0) + n0, stride(it.dst));
+    }
   }
 }
 
 void RowProgram::apply(const Frame& frame, const RowInstruction& it, int64_t i, int64_t rows, int64_t n0, int64_t n1) const {
-  const auto param = [&](int64_t index) { return index < 0 ? nullptr : params_[index] + n0; };
+  const auto param = [&](int64_t index) { return index < 0 ? nullptr : vector(index) + n0; };
   RowOperands o{row(frame, it.dst, i) + n0, row(frame, it.a, i) + n0, nullptr, nullptr, stride(it.dst), stride(it.a), 0,
                 rows, n1 - n0, 0.f};
   if (it.op == kAdd || it.op == kMul) {
@@ -207,7 +233,7 @@ void RowProgram::apply(const Frame& frame, const RowInstruction& it, int64_t i, 
   } else if (it.op == kLayerNorm || it.op == kRmsNorm) {
     o.b = param(it.first);
     o.c = it.op == kLayerNorm ? param(it.second) : nullptr;
-    o.eps = constants_[it.third];
+    o.eps = static_cast<float>(constants_[it.third]);
   }
   functions_.of[it.op](o);
 }

@@ -2,7 +2,8 @@
 // bits are the same: elementwise work does not depend on the width, sums are kept in 16 lanes (i mod 16) whatever the
 // width and added in a fixed order, and multiplications and additions round separately (-ffp-contract=off).
 #pragma once
-#include "program.h"
+#include "program_stages.h"
+#include "simd.h"
 
 #include <cmath>
 #include <cstring>
@@ -12,7 +13,6 @@ namespace {
 
 constexpr int64_t kLanes = FXQUANT_LANES;
 constexpr int64_t kSums = 16;
-constexpr int64_t kUnroll = 4;  // independent chains that hide the latency of a polynomial
 typedef float Vec __attribute__((vector_size(FXQUANT_LANES * 4)));
 typedef int32_t IntVec __attribute__((vector_size(FXQUANT_LANES * 4)));
 
@@ -24,9 +24,46 @@ inline Vec load(const float* p) {
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec all(float value) { return value - Vec{}; }
 inline Vec magnitude(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
-// A value that is no number passes through all three.
-inline Vec positive(Vec x) { return x < 0.f ? Vec{} : x; }
-inline Vec at_most(Vec x, float limit) { return x > limit ? all(limit) : x; }
+// Second operand where one is no number, and where both are zero: a NaN and a negative zero pass.
+#if FXQUANT_LANES == 16
+inline Vec lesser(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+inline Vec greater(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif FXQUANT_LANES == 8
+inline Vec lesser(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+inline Vec greater(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+inline Vec lesser(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec greater(Vec a, Vec b) { return a > b ? a : b; }
+#endif
+inline Vec positive(Vec x) { return greater(Vec{}, x); }
+inline Vec at_most(Vec x, float limit) { return lesser(all(limit), x); }
+inline Vec power_of_two(Vec n) { return (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23); }
+
+// Four vectors that go through a polynomial side by side: one alone would wait for every multiplication and addition.
+struct Four {
+  Vec a, b, c, d;
+};
+constexpr int64_t kFour = 4 * kLanes;
+#define FXQUANT_FOUR(OP)                                                                                      \
+  inline Four operator OP(Four x, Four y) { return {x.a OP y.a, x.b OP y.b, x.c OP y.c, x.d OP y.d}; }        \
+  inline Four operator OP(Four x, float y) { return {x.a OP y, x.b OP y, x.c OP y, x.d OP y}; }               \
+  inline Four operator OP(float x, Four y) { return {x OP y.a, x OP y.b, x OP y.c, x OP y.d}; }
+FXQUANT_FOUR(+) FXQUANT_FOUR(-) FXQUANT_FOUR(*) FXQUANT_FOUR(/)
+#undef FXQUANT_FOUR
+inline Four operator-(Four x) { return {-x.a, -x.b, -x.c, -x.d}; }
+inline Four magnitude(Four x) { return {magnitude(x.a), magnitude(x.b), magnitude(x.c), magnitude(x.d)}; }
+inline Four positive(Four x) { return {positive(x.a), positive(x.b), positive(x.c), positive(x.d)}; }
+inline Four at_most(Four x, float y) { return {at_most(x.a, y), at_most(x.b, y), at_most(x.c, y), at_most(x.d, y)}; }
+inline Four power_of_two(Four n) { return {power_of_two(n.a), power_of_two(n.b), power_of_two(n.c), power_of_two(n.d)}; }
+
+// Ends a step of the four: gcc would else write the whole polynomial of one vector before that of the next.
+inline Vec step(Vec x) { return x; }
+inline Four step(Four x) {
+#ifdef __GNUC__
+  asm("" : "+x"(x.a), "+x"(x.b), "+x"(x.c), "+x"(x.d));
+#endif
+  return x;
+}
 
 // Upper tail of the distribution, q(a) = 1 - Phi(a) for 0 <= a <= kGeluEnd, is the eighth power of a polynomial: its
 // eighth root is so smooth that degree 8 suffices. Largest error of gelu(x) = max(x, 0) - |x| q(|x|) in float32 against
@@ -39,47 +76,53 @@ constexpr float kTanh[] = {0.9170063138008118f,    -0.09148606657981873f,   -0.0
                            -0.00076504290336743f,  0.0016309978673234582f,  9.974524436984211e-05f,
                            -0.00017889136506710202f, 4.206760786473751e-05f, -3.2761306556494674e-06f};
 
-inline Vec gelu(Vec x, const float (&c)[9]) {
-  const Vec a = at_most(magnitude(x), kGeluEnd);
-  Vec p = all(c[8]);
-  for (int k = 7; k >= 0; k--) p = p * a + c[k];
-  p = p * p;
-  p = p * p;
-  p = p * p;
+template <typename T>
+inline T gelu(T x, const float (&c)[9]) {
+  const T a = step(at_most(magnitude(x), kGeluEnd));
+  T p = step(a * c[8] + c[7]);
+  for (int k = 6; k >= 0; k--) p = step(p * a + c[k]);
+  p = step(p * p);
+  p = step(p * p);
+  p = step(p * p);
   return positive(x) - a * p;
 }
 
 // exp(x) for -87 <= x <= 0 to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes).
-inline Vec exponential(Vec x) {
-  const Vec n = (x * 1.44269504088896341f + 12582912.f) - 12582912.f;  // rounds to an integer
-  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * (r * r) + r) + 1.f;
-  return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
+template <typename T>
+inline T exponential(T x) {
+  const T n = step((x * 1.44269504088896341f + 12582912.f) - 12582912.f);  // rounds to an integer
+  const T r = step((x - n * 0.693359375f) - n * -2.12194440e-4f);
+  T p = step(r * 1.9875691500e-4f + 1.3981999507e-3f);
+  p = step(p * r + 8.3334519073e-3f);
+  p = step(p * r + 4.1665795894e-2f);
+  p = step(p * r + 1.6666665459e-1f);
+  p = step(p * r + 5.0000001201e-1f);
+  p = step((p * (r * r) + r) + 1.f);
+  return p * power_of_two(n);
 }
 
 // silu(x) = max(x, 0) - |x| e / (1 + e), e = exp(-|x|): exact to 3 units in the last place.
-inline Vec silu(Vec x) {
-  const Vec a = at_most(magnitude(x), 87.f);
-  const Vec e = exponential(-a);
-  return positive(x) - a * (e / (1.f + e));
+template <typename T>
+inline T silu(T x) {
+  const T a = step(at_most(magnitude(x), 87.f));
+  const T e = step(exponential(-a));
+  return positive(x) - a * step(e / (1.f + e));
 }
 
+// y = f(a), by four vectors, by one, and what is left.
 template <typename F>
 inline void map(const RowOperands& o, F f) {
   for (int64_t i = 0; i < o.rows; i++) {
     const float* a = o.a + i * o.stride_a;
     float* y = o.y + i * o.stride_y;
     int64_t j = 0;
-    for (; j + kUnroll * kLanes <= o.n; j += kUnroll * kLanes) {
-      Vec v[kUnroll];
-      for (int64_t u = 0; u < kUnroll; u++) v[u] = f(load(a + j + u * kLanes));
-      for (int64_t u = 0; u < kUnroll; u++) store(y + j + u * kLanes, v[u]);
+    for (; j + kFour <= o.n; j += kFour) {
+      const float* x = a + j;
+      const Four v = f(Four{load(x), load(x + kLanes), load(x + 2 * kLanes), load(x + 3 * kLanes)});
+      store(y + j, v.a);
+      store(y + j + kLanes, v.b);
+      store(y + j + 2 * kLanes, v.c);
+      store(y + j + 3 * kLanes, v.d);
     }
     for (; j + kLanes <= o.n; j += kLanes) store(y + j, f(load(a + j)));
     if (j == o.n) continue;
@@ -159,10 +202,10 @@ void rms_norm(const RowOperands& o) {
   }
 }
 
-void gelu_erf(const RowOperands& o) { map(o, [](Vec x) { return gelu(x, kErf); }); }
-void gelu_tanh(const RowOperands& o) { map(o, [](Vec x) { return gelu(x, kTanh); }); }
-void silu_rows(const RowOperands& o) { map(o, silu); }
-void relu(const RowOperands& o) { map(o, positive); }
+void gelu_erf(const RowOperands& o) { map(o, [](auto x) { return gelu(x, kErf); }); }
+void gelu_tanh(const RowOperands& o) { map(o, [](auto x) { return gelu(x, kTanh); }); }
+void silu_rows(const RowOperands& o) { map(o, [](auto x) { return silu(x); }); }
+void relu(const RowOperands& o) { map(o, [](auto x) { return positive(x); }); }
 void add(const RowOperands& o) { map2(o, [](auto a, auto b) { return a + b; }); }
 void mul(const RowOperands& o) { map2(o, [](auto a, auto b) { return a * b; }); }
 

@@ -1,11 +1,13 @@
 // The operator fxquant::rows on torch's stable ABI. Its schema is defined in Python (fxquant/ops/program.py).
 #include "layout.h"
 #include "program.h"
+#include "program_stages.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -21,10 +23,35 @@ namespace {
 struct FreeAligned {
   void operator()(uint8_t* p) const { ::operator delete[](p, std::align_val_t{64}); }
 };
-using Arena = std::unique_ptr<uint8_t[], FreeAligned>;
 
-Arena make_arena(int64_t bytes) {
-  return Arena(static_cast<uint8_t*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t{64})));
+// Scratch memory of the calling thread. It is kept from call to call: fresh pages would cost more than a small program.
+uint8_t* arena(int64_t bytes) {
+  thread_local std::unique_ptr<uint8_t[], FreeAligned> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.reset();  // before the new one is made
+    size = 0;
+    memory.reset(static_cast<uint8_t*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t{64})));
+    size = bytes;
+  }
+  return memory.get();
+}
+
+void run(const RowProgram& program, int64_t m) {
+  if (m == 0) return;
+  const int64_t threads = torch::stable::get_num_threads(), block = program.block_rows(threads);
+  if (program.splits_columns(threads)) {
+    uint8_t* shared = arena(program.arena_bytes(m));
+    for (int64_t stage = 0; stage < program.stages(); stage++)
+      torch::stable::parallel_for(0, program.parts(stage), 1, [&](int64_t begin, int64_t end) {
+        program.run_parts(shared, stage, begin, end);
+      });
+    return;
+  }
+  torch::stable::parallel_for(0, (m + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+    uint8_t* own = arena(program.arena_bytes(block));
+    for (int64_t b = begin; b < end; b++) program.run(own, b * block, std::min((b + 1) * block, m));
+  });
 }
 
 Tensor contiguous_float(const Tensor& tensor, const char* what) {
@@ -41,7 +68,7 @@ class Call {
   std::vector<RowRegister> registers;
   std::vector<bool> is_input;  // of each register
   std::vector<RowInstruction> code;
-  std::vector<float> constants;
+  size_t constant_count = 0;
   int64_t m = 0;
 
   void take_inputs(const std::vector<Tensor>& given) {
@@ -97,8 +124,8 @@ class Call {
     }
   }
 
-  void take_program(const std::vector<int64_t>& given, const std::vector<double>& numbers) {
-    for (double number : numbers) constants.push_back(static_cast<float>(number));
+  void take_program(const std::vector<int64_t>& given, size_t constants) {
+    constant_count = constants;
     STD_TORCH_CHECK(!given.empty() && given.size() % kFields == 0, "fxquant::rows: bad program");
     for (size_t i = 0; i < given.size(); i += kFields) {
       RowInstruction it{};
@@ -113,12 +140,6 @@ class Call {
         check_float(it, n, k);
       code.push_back(it);
     }
-  }
-
-  RowProgram program() const {
-    std::vector<const float*> vectors;
-    for (const Tensor& tensor : params) vectors.push_back(static_cast<const float*>(tensor.data_ptr()));
-    return RowProgram(m, registers, code, packed, vectors, constants);
   }
 
  private:
@@ -160,7 +181,7 @@ class Call {
     } else if (it.op == kAddRow || it.op == kMulRow) {
       check_vector(it.first, n, false);
     } else if (it.op == kLayerNorm || it.op == kRmsNorm) {
-      check(it.third, constants.size());
+      check(it.third, constant_count);
       check_vector(it.first, n, true);
       if (it.op == kLayerNorm) check_vector(it.second, n, true);
     }
@@ -175,25 +196,21 @@ std::vector<Tensor> rows(const std::vector<Tensor> inputs, const std::vector<Ten
   call.take_inputs(inputs);
   call.take_weights(packed, params);
   call.take_registers(registers, outputs);
-  call.take_program(program, constants);
-  if (call.m == 0) return call.outputs;
-  const RowProgram made = call.program();
-  const int64_t threads = torch::stable::get_num_threads(), block = made.block_rows(threads);
-  if (made.splits_columns(threads)) {
-    const Arena arena = make_arena(made.arena_bytes(call.m));
-    for (int64_t stage = 0; stage < made.stages(); stage++)
-      torch::stable::parallel_for(0, made.parts(stage), 1, [&](int64_t begin, int64_t end) {
-        made.run_parts(arena.get(), stage, begin, end);
-      });
-    return call.outputs;
-  }
-  torch::stable::parallel_for(0, (call.m + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-    const Arena arena = make_arena(made.arena_bytes(block));
-    for (int64_t b = begin; b < end; b++) made.run(arena.get(), b * block, std::min((b + 1) * block, call.m));
-  });
+  call.take_program(program, constants.size());
+  std::vector<const void*> vectors;
+  for (const Tensor& tensor : call.params) vectors.push_back(tensor.data_ptr());
+  run(RowProgram(call.m, call.registers, call.code, call.packed.data(), vectors.data(), constants.data()), call.m);
   return call.outputs;
 }
 
 }  // namespace
+
+extern "C" void fxquant_rows(
+    int64_t m, const float* const* inputs, const uint8_t* const* packed, const void* const* params, float* const* outputs,
+    const int64_t* registers, int64_t register_count, const int64_t* program, int64_t instruction_count,
+    const double* constants, const int64_t* output_registers, int64_t output_count) {
+  run(RowProgram(m, {inputs, packed, params, outputs, registers, register_count, program, instruction_count, constants,
+                     output_registers, output_count}), m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fxquant, CPU, m) { m.impl("rows", TORCH_BOX(&rows)); }

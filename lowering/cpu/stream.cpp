@@ -183,6 +183,16 @@ extern "C" int64_t fxquant_stream_scratch_bytes(const uint8_t* packed, int64_t m
   return StreamScratch(StreamLayout(header_of(packed)), m).bytes;
 }
 
+extern "C" void fxquant_stream_tiles(
+    const uint8_t* packed, int64_t m, int64_t* threads, int64_t* rows, int64_t* columns) {
+  constexpr int64_t kBytesPerThread = 32768;  // a thread that reads less than this costs more to wake than it saves
+  const StreamLayout l(header_of(packed));
+  const int64_t work = l.panels * l.panel_bytes * std::max<int64_t>(1, m / 4);
+  *threads = std::clamp<int64_t>(work / kBytesPerThread, 1, std::max<int64_t>(1, *threads));
+  *rows = even_share(std::max<int64_t>(m, 1), kRowBlock);
+  *columns = kPanel;
+}
+
 extern "C" void fxquant_stream_prepare(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t m, const uint8_t* packed, uint8_t* scratch) {
   const StreamLayout l(header_of(packed));

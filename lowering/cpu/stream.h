@@ -21,6 +21,10 @@ FXQUANT_EXPORT int64_t fxquant_stream_columns(const uint8_t* packed);
 FXQUANT_EXPORT int64_t fxquant_stream_features(const uint8_t* packed);
 // Bytes of the scratch memory for m rows.
 FXQUANT_EXPORT int64_t fxquant_stream_scratch_bytes(const uint8_t* packed, int64_t m);
+// Rows and columns of one task for fxquant_stream_run; threads: how many there are -> how many have enough to do. Tasks
+// follow one another in memory, so a thread that takes a range of them reads one linear stream.
+FXQUANT_EXPORT void fxquant_stream_tiles(
+    const uint8_t* packed, int64_t m, int64_t* threads, int64_t* rows, int64_t* columns);
 // Puts rows m0 <= i < m1 of x (float, row stride ldx) into the form that the kernels multiply, in the scratch of m rows.
 FXQUANT_EXPORT void fxquant_stream_prepare(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t m, const uint8_t* packed, uint8_t* scratch);

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
+from torch.profiler import ProfilerActivity, profile
 
 import fxquant
 from fxquant.reference import rows
@@ -34,7 +35,7 @@ def test_bias_and_gelu_are_fused_into_the_kernel() -> None:
     linear = nn.Linear(64, 50)
     got, plain, code = both(lambda x: nn.functional.gelu(linear(x)), torch.randn(7, 64))
     assert torch.allclose(got, plain, rtol=1e-6, atol=5e-7)
-    assert code.count("fxquant_linear_tile(") == 2  # its declaration and its one call
+    assert code.count("fxquant_linear_bias_tile(") == 2  # its declaration and its one call
     (kernel,) = [part for part in code.split("async_compile.cpp") if "#pragma omp for" in part]
     assert str(GELU_END) in kernel
     assert "erf(" not in kernel
@@ -83,12 +84,17 @@ def test_inputs_with_strides_and_results_with_two_readers() -> None:
 
 
 @torch.no_grad()
-def test_cpp_wrapper_calls_the_operator() -> None:
-    linear, x = nn.Linear(40, 24), torch.randn(6, 40)
-    options: Any = {**W8A8, "inductor": {"cpp_wrapper": True}}
-    compiled = torch.compile(linear, backend="fxquant", options=options)
-    plain = torch.compile(linear, backend="fxquant", options={**W8A8, "codegen": "ops"})
-    assert torch.equal(compiled(x), plain(x))
+def test_kernels_have_names_of_their_own_in_profiles() -> None:
+    """Linears of unlike sizes are told apart; those with equal sources still share one compiled kernel."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    options: Any = {**W8A8, "inductor": {"fx_graph_cache": False, "cpp.enable_kernel_profile": True}}
+    compiled = torch.compile(model, backend="fxquant", options=options)
+    _, (code,) = run_and_get_code(compiled, torch.randn(7, 64))
+    assert code.count("async_compile.cpp_pybinding(") == 3
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        compiled(torch.randn(7, 64))
+    names = [event.name for event in seen.events() or () if "linear_dynamic" in event.name]
+    assert [name.partition("linear_dynamic_")[2] for name in names] == ["w8a8_96x64", "w8a8_64x96", "w8a8_64x64", "w8a8_64x64"]
 
 
 SCRIPT = """
@@ -97,7 +103,7 @@ from torch._dynamo.utils import counters
 torch.manual_seed(0)
 linear, x = torch.nn.Linear(64, 48), torch.randn(5, 64)
 with torch.no_grad():
-    y = torch.compile(linear, backend="fxquant", options={"scheme": sys.argv[1]})(x)
+    y = torch.compile(lambda x: linear(x).tanh(), backend="fxquant", options={"scheme": sys.argv[1]})(x)
 stats = counters["inductor"]
 print(stats["fxgraph_cache_hit"], stats["fxgraph_cache_miss"], y.double().sum().item().hex())
 """
@@ -120,7 +126,9 @@ def test_a_warm_start_hits_the_cache_and_gives_the_same_bits(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="needs a CPU for which Inductor can write two widths")
-def test_code_for_other_vectors_is_no_cache_hit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8", "float"])
+def test_code_for_other_vectors_is_no_cache_hit(tmp_path: Path, scheme: str) -> None:
     """Inductor's own key lacks their width: code written in steps of 8 floats and compiled for 16 overruns its buffers."""
-    assert in_new_process(tmp_path, "w8a8", ATEN_CPU_CAPABILITY="avx2")[:2] == (0, 1)
-    assert in_new_process(tmp_path, "w8a8", ATEN_CPU_CAPABILITY="avx512")[:2] == (0, 1)
+    assert in_new_process(tmp_path, scheme, ATEN_CPU_CAPABILITY="avx2")[:2] == (0, 1)
+    assert in_new_process(tmp_path, scheme, ATEN_CPU_CAPABILITY="avx512")[:2] == (0, 1)
+    assert in_new_process(tmp_path, scheme, ATEN_CPU_CAPABILITY="avx512")[:2] == (1, 0)

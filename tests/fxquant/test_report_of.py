@@ -215,3 +215,30 @@ def test_a_module_without_parameters_is_known_by_its_code() -> None:
     call(*torch.randn(3, 1, 2, 8, 16))
     for target in (call, module):
         assert [row.kind for graph in fxquant.report(target).graphs for row in graph.sites] == ["sigmoid_attention"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda model: model, caller_of])
+def test_compiling_again_with_other_options_replaces_the_former_graphs(make: Any) -> None:
+    target = make(nn.Sequential(nn.Linear(64, 64), nn.GELU()))
+    first = compiled(target, scheme="w8a8")
+    second = compiled(target, scheme="w6a6")
+    first(X), second(X)
+    for each in (first, second, target):
+        report = fxquant.report(each)
+        assert [row.scheme for row in report.sites if row.kind == "linear"] == ["w6a6"]
+        assert {graph.config.scheme for graph in report.graphs} == {"w6a6"}
+
+
+@torch.no_grad()
+def test_layers_of_one_code_with_options_of_their_own_are_all_shown() -> None:
+    layers = [nn.Linear(64, 64) for _ in range(2)]
+    fast = [compiled(layer, scheme=scheme) for layer, scheme in zip(layers, ("w8a8", "w6a6"), strict=True)]
+
+    def both(x: Tensor) -> Tensor:
+        y: Tensor = fast[0](x) + fast[1](x)
+        return y
+
+    both(X)
+    for target in (nn.ModuleList(layers), both):
+        assert sorted(str(row.scheme) for graph in fxquant.report(target).graphs for row in graph.sites) == ["w6a6", "w8a8"]
