@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cfloat>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -50,7 +49,7 @@ struct Job {
         groups(p.heads / p.kv_heads),
         rows(groups * p.queries),
         heads(p.batch * p.kv_heads),
-        panel(kernel.panel),
+        panel(2 * kernel.lanes),
         keys_padded(up(p.keys, panel)),
         values_padded(up(p.value_depth, panel)),
         key_floats(keys_padded * p.depth),
@@ -60,6 +59,9 @@ struct Job {
   // Row r of key head `head`: the query rows of all the query heads that read it, one head after the other.
   int64_t batch_of(int64_t head) const { return head / p.kv_heads; }
   int64_t head_of(int64_t head, int64_t r) const { return head % p.kv_heads * groups + r / p.queries; }
+  const float* query(int64_t head, int64_t r) const {
+    return p.q + batch_of(head) * p.q_stride[0] + head_of(head, r) * p.q_stride[1] + r % p.queries * p.q_stride[2];
+  }
   const float* key(int64_t head, int64_t j) const {
     return p.k + batch_of(head) * p.k_stride[0] + head % p.kv_heads * p.k_stride[1] + j * p.k_stride[2];
   }
@@ -70,58 +72,39 @@ struct Job {
     return p.out + batch_of(head) * p.out_stride[0] + head_of(head, r) * p.out_stride[1] +
            r % p.queries * p.out_stride[2];
   }
+  // Whether rows [r, r + count) of a head are the same distance apart in memory, and that distance.
+  bool is_even(int64_t r, int64_t count) const { return p.queries == 1 || r % p.queries + count <= p.queries; }
+  int64_t step(const int64_t* stride) const { return stride[p.queries == 1 ? 1 : 2]; }
   int64_t limit(int64_t r) const { return p.causal ? std::min(r % p.queries + 1, p.keys) : p.keys; }
 
-  void scaled_query(int64_t head, int64_t r, float* to) const {
-    const float* q = p.q + batch_of(head) * p.q_stride[0] + head_of(head, r) * p.q_stride[1] +
-                     r % p.queries * p.q_stride[2];
-    for (int64_t c = 0; c < p.depth; c++) to[c] = q[c] * factor;
-  }
-
-  // s[j] += log2(e) mask[j]. A finite mask stays finite, so that a row of the lowest float is uniform, not empty.
   void add_mask(int64_t head, int64_t r, int64_t first, int64_t count, float* s) const {
     if (p.mask_kind == FXQUANT_MASK_NONE) return;
     const int64_t step = p.mask_stride[3];
     const int64_t offset = batch_of(head) * p.mask_stride[0] + head_of(head, r) * p.mask_stride[1] +
                            r % p.queries * p.mask_stride[2] + first * step;
-    if (p.mask_kind == FXQUANT_MASK_BOOL) {
-      const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + offset;
-      for (int64_t j = 0; j < count; j++) s[j] += mask[j * step] ? 0.f : -std::numeric_limits<float>::infinity();
-      return;
-    }
-    const float* mask = static_cast<const float*>(p.mask) + offset;
-    const auto add = [](float score, float m) {
-      const float base2 = m * static_cast<float>(kLog2E);
-      return score + (m >= -FLT_MAX && base2 < -FLT_MAX ? -FLT_MAX : base2);
-    };
-    if (step == 1)
-      for (int64_t j = 0; j < count; j++) s[j] = add(s[j], mask[j]);
+    if (p.mask_kind == FXQUANT_MASK_BOOL)
+      kernel.hide(s, static_cast<const uint8_t*>(p.mask) + offset, step, count);
     else
-      for (int64_t j = 0; j < count; j++) s[j] = add(s[j], mask[j * step]);
+      kernel.add_mask(s, static_cast<const float*>(p.mask) + offset, step, count);
   }
 
   void pack_key_panel(int64_t head, int64_t i, float* to) const {
     const int64_t j = i * panel;
-    kernel.pack_keys(key(head, j), p.k_stride[2], std::min(panel, p.keys - j), p.depth, to + j * p.depth);
+    kernel.pack_keys(key(head, j), p.k_stride[2], std::min(panel, p.keys - j), p.depth, factor, to + j * p.depth);
   }
   void pack_value_rows(int64_t head, int64_t from, int64_t end, float* to) const {
-    for (int64_t c = 0; c < p.value_depth; c += panel) {
-      const int64_t width = std::min(panel, p.value_depth - c);
-      for (int64_t j = from; j < end; j++) {
-        float* row = to + c * p.keys + j * panel;
-        std::memcpy(row, value(head, j) + c, width * 4);
-        std::memset(row + width, 0, (panel - width) * 4);
-      }
-    }
+    for (int64_t c = 0; c < p.value_depth; c += panel)
+      kernel.pack_values(value(head, from) + c, p.v_stride[2], end - from, std::min(panel, p.value_depth - c),
+                         to + c * p.keys + from * panel);
   }
 
   int64_t blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
   int64_t scratch_floats() const {
-    return kRowBlock * (p.depth + values_padded + 2) + kMostRows * kScoreStride;
+    return kRowBlock * (values_padded + 2) + kMostRows * (p.depth + kScoreStride);
   }
   void block(int64_t head, int64_t index, const float* keys, const float* values, float* scratch) const;
-  void strip(int64_t head, int64_t r0, int64_t count, int64_t k0, const float* q, const float* keys, const float* values,
-             float* out, float* top, float* sum, float* scores) const;
+  void strip(int64_t head, int64_t r0, int64_t count, int64_t k0, const float* keys, const float* values, float* out,
+             float* top, float* sum, float* scratch) const;
 
   int64_t chunks() const { return (p.keys + kDirectKeys - 1) / kDirectKeys; }
   int64_t partial_floats() const { return p.value_depth + 2; }
@@ -131,66 +114,76 @@ struct Job {
 };
 
 // A row whose keys are all masked away has sum 0 and output 0.
+float inverse(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
+
 void Job::finish(int64_t head, int64_t r, const float* from, float sum) const {
   float* to = output(head, r);
-  const float by = sum == 0.f ? 0.f : 1.f / sum;
+  const float by = inverse(sum);
   for (int64_t c = 0; c < p.value_depth; c++) to[c] = from[c] * by;
 }
 
-// One strip of rows against one block of keys.
-void Job::strip(int64_t head, int64_t r0, int64_t count, int64_t k0, const float* q, const float* keys,
-                const float* values, float* out, float* top, float* sum, float* scores) const {
-  int64_t seen = 0;
+// One strip of rows against one block of keys. `out` holds the sums over earlier blocks; a strip that needs only one
+// block goes straight to its place.
+void Job::strip(int64_t head, int64_t r0, int64_t count, int64_t k0, const float* keys, const float* values, float* out,
+                float* top, float* sum, float* scratch) const {
+  int64_t own[kMostRows], seen = 0;
   for (int64_t r = 0; r < count; r++) seen = std::max(seen, limit(r0 + r));
   const int64_t used = std::min(seen - k0, kKeyBlock);
   if (used <= 0) return;
-  for (int64_t j = 0; j < used; j += panel)
-    (used - j > panel / 2 ? kernel.wide : kernel.narrow)[count - 1](
-        q, p.depth, keys + (k0 + j) * p.depth, panel, p.depth, scores + j, kScoreStride, true);
-  for (int64_t r = 0; r < count; r++) {
-    float* s = scores + r * kScoreStride;
-    const int64_t own = std::clamp<int64_t>(limit(r0 + r) - k0, 0, used);
-    add_mask(head, r0 + r, k0, own, s);
-    const float factor = kernel.softmax(s, own, up(used, panel), top + r, sum + r);
-    if (k0 > 0 && factor != 1.f)
-      for (int64_t c = 0; c < values_padded; c++) out[r * values_padded + c] *= factor;
+  for (int64_t r = 0; r < count; r++) own[r] = std::clamp<int64_t>(limit(r0 + r) - k0, 0, used);
+  const bool is_even = this->is_even(r0, count);
+  const float* q = query(head, r0);
+  if (!is_even) {
+    for (int64_t r = 0; r < count; r++) std::memcpy(scratch + r * p.depth, query(head, r0 + r), p.depth * 4);
+    q = scratch;
   }
-  for (int64_t c = 0; c < p.value_depth; c += panel)
-    (p.value_depth - c > panel / 2 ? kernel.wide : kernel.narrow)[count - 1](
-        scores, kScoreStride, values + c * p.keys + k0 * panel, panel, used, out + c, values_padded, k0 == 0);
+  float *scores = scratch + kMostRows * p.depth, factors[kMostRows];
+  const ProductFn product = kernel.product[count - 1];
+  product(q, is_even ? step(p.q_stride) : p.depth, keys + k0 * p.depth, panel * p.depth, used, p.depth, scores,
+          kScoreStride, true, nullptr);
+  for (int64_t r = 0; r < count; r++) add_mask(head, r0 + r, k0, own[r], scores + r * kScoreStride);
+  kernel.softmax(scores, kScoreStride, count, own, used, top, sum, factors);
+  const bool is_last = seen <= k0 + kKeyBlock, is_only = is_last && k0 == 0;
+  if (is_only && is_even && p.value_depth % kernel.lanes == 0) {
+    for (int64_t r = 0; r < count; r++) factors[r] = inverse(sum[r]);
+    product(scores, kScoreStride, values, panel * p.keys, p.value_depth, used, output(head, r0), step(p.out_stride), true,
+            factors);
+    return;
+  }
+  for (int64_t r = 0; r < count && k0 > 0; r++)
+    if (factors[r] != 1.f)
+      for (int64_t c = 0; c < values_padded; c++) out[r * values_padded + c] *= factors[r];
+  product(scores, kScoreStride, values + k0 * panel, panel * p.keys, p.value_depth, used, out, values_padded, k0 == 0,
+          nullptr);
+  for (int64_t r = 0; r < count && is_last; r++) finish(head, r0 + r, out + r * values_padded, sum[r]);
 }
 
 void Job::block(int64_t head, int64_t index, const float* keys, const float* values, float* scratch) const {
-  float *q = scratch, *out = q + kRowBlock * p.depth, *top = out + kRowBlock * values_padded, *sum = top + kRowBlock;
-  float* scores = sum + kRowBlock;
+  float *out = scratch, *top = out + kRowBlock * values_padded, *sum = top + kRowBlock;
   const int64_t first = index * kRowBlock, count = std::min(kRowBlock, rows - first);
-  for (int64_t r = 0; r < count; r++) {
-    scaled_query(head, first + r, q + r * p.depth);
-    top[r] = -std::numeric_limits<float>::infinity();
-    sum[r] = 0.f;
-  }
+  std::fill_n(top, count, -std::numeric_limits<float>::infinity());
+  std::fill_n(sum, count, 0.f);
+  const int64_t strips = (count + kernel.rows - 1) / kernel.rows;
   for (int64_t k0 = 0; k0 < p.keys; k0 += kKeyBlock)
-    for (int64_t r = 0; r < count;) {
-      const int64_t left = count - r, most = kernel.rows;
-      const int64_t height = left >= 2 * most ? most : left > most ? (left + 1) / 2 : left;
-      strip(head, first + r, height, k0, q + r * p.depth, keys, values, out + r * values_padded, top + r, sum + r, scores);
-      r += height;
+    for (int64_t i = 0; i < strips; i++) {  // of about the same height: a strip of one or two rows wastes the multipliers
+      const int64_t r = i * count / strips, height = (i + 1) * count / strips - r;
+      strip(head, first + r, height, k0, keys, values, out + r * values_padded, top + r, sum + r, sum + kRowBlock);
     }
-  for (int64_t r = 0; r < count; r++) finish(head, first + r, out + r * values_padded, sum[r]);
 }
 
 // The partial result of every row of a head over one chunk of keys: max, sum, weighted values.
 void Job::direct(int64_t head, int64_t chunk, float* partial, float* scratch) const {
-  float *q = scratch, *s = scratch + up(p.depth, 16);
+  float *q = scratch, *s = scratch + up(p.depth, 16), before;
   const int64_t k0 = chunk * kDirectKeys;
   for (int64_t r = 0; r < rows; r++, partial += partial_floats()) {
     const int64_t used = std::clamp<int64_t>(limit(r) - k0, 0, kDirectKeys);
     partial[0] = -std::numeric_limits<float>::infinity();
     partial[1] = 0.f;
-    scaled_query(head, r, q);
+    const float* from = query(head, r);
+    for (int64_t c = 0; c < p.depth; c++) q[c] = from[c] * factor;
     if (used > 0) kernel.dot_rows(q, key(head, k0), p.k_stride[2], used, p.depth, s);
     add_mask(head, r, k0, used, s);
-    kernel.softmax(s, used, up(used, panel), partial, partial + 1);
+    kernel.softmax(s, kDirectKeys, 1, &used, used, partial, partial + 1, &before);
     kernel.mix_rows(s, value(head, k0), p.v_stride[2], used, p.value_depth, partial + 2);
   }
 }

@@ -1,36 +1,22 @@
 // The float attention kernels as templates over a vector type; each instruction set's file instantiates them.
 //
 // A vector type has kLanes, load, store, load_part, store_part (the first n lanes), set1, add, sub, mul, max (the second
-// operand where one is NaN), fma, exponent (low bits to the exponent field) sum4 (of the lanes of four
-// vectors) and transpose (a kBlock x kBlock square).
+// operand where one is NaN), fma, exponent (low bits to the exponent field), front (the first lane), first_or (the first n
+// lanes, the others of another vector), highest (of all lanes, in every lane), sum (of all lanes), hidden (minus infinity
+// where a float is minus infinity or a byte is 0, else 0), sum4 (of the lanes of four vectors) and transpose (a kBlock x
+// kBlock square, times a factor).
 #pragma once
+#include "attention_softmax.h"
 #include "attention_table.h"
 #include "rows.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
 namespace fxquant::attention {
 
-// 2^t for t <= 0; at most 2.1 ulp off (polynomial 9.2e-8 relative, weighted to be exact at 0), exactly 0 below 2^-126.5.
-// Adding the magic number rounds t to an integer n and leaves n + 127 in the low bits, ready to become an exponent.
-template <typename V>
-inline V exp2(V t) {
-  const V magic = V::set1(12582912.f + 127.f);
-  t = V::max(V::set1(-127.f), t);  // NaN stays
-  const V n = V::add(t, magic);
-  const V f = V::sub(t, V::sub(n, magic));
-  V p = V::fma(V::set1(0x1.5bba14p-10f), f, V::set1(0x1.3cea88p-7f));
-  p = V::fma(p, f, V::set1(0x1.c6b752p-5f));
-  p = V::fma(p, f, V::set1(0x1.ebf9bcp-3f));
-  p = V::fma(p, f, V::set1(0x1.62e42ap-1f));
-  p = V::fma(p, f, V::set1(1.f));
-  return V::mul(p, V::exponent(n));
-}
-
-// y[r][0..W) (+)= sum_i x[r][i] w[i][0..W) for R rows, W = 2 vectors or 1.
+// y[r][0..columns) (+)= sum_i x[r][i] w[i][0..columns) for R rows, times by[r] where by is given. w stands in panels of two
+// vectors of columns, `panel` floats apart; y has room for whole vectors. Unrolled: short loops end as predicted.
 #define FXQUANT_DECLARE2(r) V a##r = V::set1(0.f), b##r = a##r;
 #define FXQUANT_START2(r) a##r = V::load(y + r * ldy), b##r = V::load(y + r * ldy + V::kLanes);
 #define FXQUANT_MAC2(r)                      \
@@ -38,74 +24,62 @@ inline V exp2(V t) {
     const V s = V::set1(x[r * ldx + i]);     \
     a##r = V::fma(s, w0, a##r), b##r = V::fma(s, w1, b##r); \
   }
+#define FXQUANT_SCALE2(r)              \
+  {                                    \
+    const V s = V::set1(by[r]);        \
+    a##r = V::mul(s, a##r), b##r = V::mul(s, b##r); \
+  }
 #define FXQUANT_STORE2(r) V::store(y + r * ldy, a##r), V::store(y + r * ldy + V::kLanes, b##r);
 #define FXQUANT_DECLARE1(r) V a##r = V::set1(0.f);
 #define FXQUANT_START1(r) a##r = V::load(y + r * ldy);
 #define FXQUANT_MAC1(r) a##r = V::fma(V::set1(x[r * ldx + i]), w0, a##r);
+#define FXQUANT_SCALE1(r) a##r = V::mul(V::set1(by[r]), a##r);
 #define FXQUANT_STORE1(r) V::store(y + r * ldy, a##r);
-#define FXQUANT_TILE(R)                                                                                        \
-  template <typename V>                                                                                        \
-  void wide_##R(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t count, float* y, int64_t ldy, \
-                bool first) {                                                                                  \
-    FXQUANT_ROWS_##R(FXQUANT_DECLARE2) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START2) }                        \
-    for (int64_t i = 0; i < count; i++, w += ldw) {                                                            \
-      const V w0 = V::load(w), w1 = V::load(w + V::kLanes);                                                    \
-      FXQUANT_ROWS_##R(FXQUANT_MAC2)                                                                           \
-    }                                                                                                          \
-    FXQUANT_ROWS_##R(FXQUANT_STORE2)                                                                           \
-  }                                                                                                            \
-  template <typename V>                                                                                        \
-  void narrow_##R(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t count, float* y,           \
-                  int64_t ldy, bool first) {                                                                   \
-    FXQUANT_ROWS_##R(FXQUANT_DECLARE1) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START1) }                        \
-    for (int64_t i = 0; i < count; i++, w += ldw) {                                                            \
-      const V w0 = V::load(w);                                                                                 \
-      FXQUANT_ROWS_##R(FXQUANT_MAC1)                                                                           \
-    }                                                                                                          \
-    FXQUANT_ROWS_##R(FXQUANT_STORE1)                                                                           \
+#define FXQUANT_PRODUCT(R)                                                                                             \
+  template <typename V>                                                                                                \
+  void product_##R(const float* x, int64_t ldx, const float* from, int64_t panel, int64_t columns, int64_t count,      \
+                   float* y, int64_t ldy, bool first, const float* by) {                                               \
+    constexpr int64_t L = V::kLanes;                                                                                   \
+    for (; columns > L; columns -= 2 * L, from += panel, y += 2 * L) {                                                 \
+      const float* w = from;                                                                                           \
+      FXQUANT_ROWS_##R(FXQUANT_DECLARE2) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START2) }                              \
+      _Pragma("GCC unroll 4") for (int64_t i = 0; i < count; i++, w += 2 * L) {                                        \
+        const V w0 = V::load(w), w1 = V::load(w + L);                                                                  \
+        FXQUANT_ROWS_##R(FXQUANT_MAC2)                                                                                 \
+      }                                                                                                                \
+      if (by != nullptr) { FXQUANT_ROWS_##R(FXQUANT_SCALE2) }                                                          \
+      FXQUANT_ROWS_##R(FXQUANT_STORE2)                                                                                 \
+    }                                                                                                                  \
+    if (columns <= 0) return;                                                                                          \
+    FXQUANT_ROWS_##R(FXQUANT_DECLARE1) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START1) }                                \
+    _Pragma("GCC unroll 4") for (int64_t i = 0; i < count; i++, from += 2 * L) {                                       \
+      const V w0 = V::load(from);                                                                                      \
+      FXQUANT_ROWS_##R(FXQUANT_MAC1)                                                                                   \
+    }                                                                                                                  \
+    if (by != nullptr) { FXQUANT_ROWS_##R(FXQUANT_SCALE1) }                                                            \
+    FXQUANT_ROWS_##R(FXQUANT_STORE1)                                                                                   \
   }
 
-// One row of scores becomes weights: s -> 2^(s - max). Returns what the earlier sum and output must be scaled by.
+// Rows of `depth` values, times `factor` -> [depth][panel] with one column a row; missing rows are 0.
 template <typename V>
-float softmax(float* s, int64_t count, int64_t padded, float* top, float* sum) {
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
-  constexpr int64_t L = V::kLanes;
-  std::fill(s + count, s + padded, kNone);
-  V high0 = V::set1(kNone), high1 = high0;
-  for (int64_t j = 0; j < padded; j += 2 * L) {
-    high0 = V::max(high0, V::load(s + j));
-    high1 = V::max(high1, V::load(s + j + L));
-  }
-  alignas(64) float lanes[L];
-  V::store(lanes, V::max(high0, high1));
-  const float highest = std::max(*top, *std::max_element(lanes, lanes + L));
-  const float shift = highest == kNone ? 0.f : highest;  // a row with every key masked so far has weights 0
-  const V by = V::set1(shift);
-  V sum0 = V::set1(0.f), sum1 = sum0;
-  for (int64_t j = 0; j < padded; j += 2 * L) {
-    const V e0 = exp2(V::sub(V::load(s + j), by)), e1 = exp2(V::sub(V::load(s + j + L), by));
-    V::store(s + j, e0), V::store(s + j + L, e1);
-    sum0 = V::add(sum0, e0), sum1 = V::add(sum1, e1);
-  }
-  V::store(lanes, V::add(sum0, sum1));
-  float total = 0.f;
-  for (float lane : lanes) total += lane;
-  const float factor = *top == kNone ? 0.f : std::exp2(*top - shift);
-  *top = highest;
-  *sum = *sum * factor + total;
-  return factor;
-}
-
-// Rows of `depth` values -> [depth][panel] with one column a row; missing rows are 0.
-template <typename V>
-void pack_keys(const float* k, int64_t ld, int64_t rows, int64_t depth, float* to) {
+void pack_keys(const float* k, int64_t ld, int64_t rows, int64_t depth, float factor, float* to) {
   constexpr int64_t P = 2 * V::kLanes, B = V::kBlock;
   for (int64_t j = 0; j < P; j += B) {
     int64_t c = 0;
     if (j + B <= rows)
-      for (; c + B <= depth; c += B) V::transpose(k + j * ld + c, ld, to + c * P + j, P);
+      for (; c + B <= depth; c += B) V::transpose(k + j * ld + c, ld, factor, to + c * P + j, P);
     for (; c < depth; c++)
-      for (int64_t i = j; i < j + B; i++) to[c * P + i] = i < rows ? k[i * ld + c] : 0.f;
+      for (int64_t i = j; i < j + B; i++) to[c * P + i] = i < rows ? k[i * ld + c] * factor : 0.f;
+  }
+}
+
+// One panel of columns of the values: `width` of them, the others 0.
+template <typename V>
+void pack_values(const float* v, int64_t ld, int64_t rows, int64_t width, float* to) {
+  constexpr int64_t L = V::kLanes;
+  for (int64_t j = 0; j < rows; j++, v += ld, to += 2 * L) {
+    V::store(to, width >= L ? V::load(v) : V::load_part(v, width));
+    V::store(to + L, width >= 2 * L ? V::load(v + L) : V::load_part(v + std::min(width, L), std::max<int64_t>(width - L, 0)));
   }
 }
 

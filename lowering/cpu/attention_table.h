@@ -9,17 +9,21 @@ constexpr int64_t kRowBlock = 96;    // rows of a task
 constexpr int64_t kDirectRows = 4;   // up to so many rows a key head, packing would cost more than it saves
 constexpr int64_t kDirectKeys = 256; // keys of a task there; partial results are merged in order
 
-// y[r][0..W) (+)= sum_i x[r][i] w[i][0..W)
-using TileFn = void (*)(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t count, float* y, int64_t ldy,
-                        bool first);
+// y[r][0..columns) (+)= sum_i x[r][i] w[i][0..columns), times by[r] where by is given. w stands in panels of two vectors
+// of columns, `panel` floats apart; y has room for whole vectors.
+using ProductFn = void (*)(const float* x, int64_t ldx, const float* w, int64_t panel, int64_t columns, int64_t count,
+                           float* y, int64_t ldy, bool first, const float* by);
 
+// attention_softmax.h and attention_kernels.h tell what each one does.
 struct Kernels {
-  int64_t panel;  // columns of a wide tile, twice those of a narrow one
-  int64_t rows;   // most rows of a tile
-  const TileFn* wide;    // [rows], for 1 row, 2 rows, ...
-  const TileFn* narrow;
-  float (*softmax)(float* s, int64_t count, int64_t padded, float* top, float* sum);
-  void (*pack_keys)(const float* k, int64_t ld, int64_t rows, int64_t depth, float* to);
+  int64_t lanes;  // of a vector; a panel is two vectors wide
+  int64_t rows;   // most rows of a product
+  const ProductFn* product;  // [rows], for 1 row, 2 rows, ...
+  void (*softmax)(float* s, int64_t ld, int64_t rows, const int64_t* own, int64_t used, float* top, float* sum, float* factor);
+  void (*add_mask)(float* s, const float* mask, int64_t step, int64_t count);
+  void (*hide)(float* s, const uint8_t* mask, int64_t step, int64_t count);
+  void (*pack_keys)(const float* k, int64_t ld, int64_t rows, int64_t depth, float factor, float* to);
+  void (*pack_values)(const float* v, int64_t ld, int64_t rows, int64_t width, float* to);
   void (*dot_rows)(const float* q, const float* k, int64_t ld, int64_t rows, int64_t depth, float* scores);
   void (*mix_rows)(const float* p, const float* v, int64_t ld, int64_t rows, int64_t depth, float* out);
 };
