@@ -22,6 +22,7 @@ constexpr const Kernels* kTable[] = {&kScalar, &kAvx2, &kAvx2, &kAvx512};
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kScoreStride = kKeyBlock + 16;  // rows of scores do not share one set of the first-level cache
 constexpr int64_t kMostRows = 12;
+constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr int64_t kAloneProducts = 1 << 16;  // below it, waking a second thread costs more than it does
 
 struct Free {
@@ -56,152 +57,160 @@ struct Job {
         value_floats(values_padded * p.keys),
         factor(static_cast<float>(static_cast<double>(p.scale) * kLog2E)) {}
 
-  // Row r of key head `head`: the query rows of all the query heads that read it, one head after the other.
-  int64_t batch_of(int64_t head) const { return head / p.kv_heads; }
-  int64_t head_of(int64_t head, int64_t r) const { return head % p.kv_heads * groups + r / p.queries; }
-  const float* query(int64_t head, int64_t r) const {
-    return p.q + batch_of(head) * p.q_stride[0] + head_of(head, r) * p.q_stride[1] + r % p.queries * p.q_stride[2];
-  }
-  const float* key(int64_t head, int64_t j) const {
-    return p.k + batch_of(head) * p.k_stride[0] + head % p.kv_heads * p.k_stride[1] + j * p.k_stride[2];
-  }
-  const float* value(int64_t head, int64_t j) const {
-    return p.v + batch_of(head) * p.v_stride[0] + head % p.kv_heads * p.v_stride[1] + j * p.v_stride[2];
-  }
-  float* output(int64_t head, int64_t r) const {
-    return p.out + batch_of(head) * p.out_stride[0] + head_of(head, r) * p.out_stride[1] +
-           r % p.queries * p.out_stride[2];
-  }
-  // Whether rows [r, r + count) of a head are the same distance apart in memory, and that distance.
-  bool is_even(int64_t r, int64_t count) const { return p.queries == 1 || r % p.queries + count <= p.queries; }
-  int64_t step(const int64_t* stride) const { return stride[p.queries == 1 ? 1 : 2]; }
   int64_t limit(int64_t r) const { return p.causal ? std::min(r % p.queries + 1, p.keys) : p.keys; }
-
-  void add_mask(int64_t head, int64_t r, int64_t first, int64_t count, float* s) const {
-    if (p.mask_kind == FXQUANT_MASK_NONE) return;
-    const int64_t step = p.mask_stride[3];
-    const int64_t offset = batch_of(head) * p.mask_stride[0] + head_of(head, r) * p.mask_stride[1] +
-                           r % p.queries * p.mask_stride[2] + first * step;
-    if (p.mask_kind == FXQUANT_MASK_BOOL)
-      kernel.hide(s, static_cast<const uint8_t*>(p.mask) + offset, step, count);
-    else
-      kernel.add_mask(s, static_cast<const float*>(p.mask) + offset, step, count);
-  }
-
-  void pack_key_panel(int64_t head, int64_t i, float* to) const {
-    const int64_t j = i * panel;
-    kernel.pack_keys(key(head, j), p.k_stride[2], std::min(panel, p.keys - j), p.depth, factor, to + j * p.depth);
-  }
-  void pack_value_rows(int64_t head, int64_t from, int64_t end, float* to) const {
-    for (int64_t c = 0; c < p.value_depth; c += panel)
-      kernel.pack_values(value(head, from) + c, p.v_stride[2], end - from, std::min(panel, p.value_depth - c),
-                         to + c * p.keys + from * panel);
-  }
-
   int64_t blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
-  int64_t scratch_floats() const {
-    return kRowBlock * (values_padded + 2) + kMostRows * (p.depth + kScoreStride);
-  }
-  void block(int64_t head, int64_t index, const float* keys, const float* values, float* scratch) const;
-  void strip(int64_t head, int64_t r0, int64_t count, int64_t k0, const float* keys, const float* values, float* out,
-             float* top, float* sum, float* scratch) const;
-
+  int64_t scratch_floats() const { return kRowBlock * (values_padded + 2) + kMostRows * (p.depth + kScoreStride); }
   int64_t chunks() const { return (p.keys + kDirectKeys - 1) / kDirectKeys; }
   int64_t partial_floats() const { return p.value_depth + 2; }
-  void direct(int64_t head, int64_t chunk, float* partial, float* scratch) const;
-  void merge(int64_t head, const float* partial) const;
-  void finish(int64_t head, int64_t r, const float* from, float sum) const;
+};
+
+// One key head and the rows that read it: the query rows of `groups` query heads, one head after the other.
+struct Head {
+  const Job& job;
+  const fxquant_attention_problem& p;
+  const Kernels& kernel;
+  int64_t batch, first;  // the first of its query heads
+  const float *q, *k, *v;
+  float* out;
+
+  Head(const Job& of, int64_t index)
+      : job(of),
+        p(of.p),
+        kernel(of.kernel),
+        batch(index / p.kv_heads),
+        first(index % p.kv_heads * of.groups),
+        q(p.q + batch * p.q_stride[0] + first * p.q_stride[1]),
+        k(p.k + batch * p.k_stride[0] + index % p.kv_heads * p.k_stride[1]),
+        v(p.v + batch * p.v_stride[0] + index % p.kv_heads * p.v_stride[1]),
+        out(p.out + batch * p.out_stride[0] + first * p.out_stride[1]) {}
+
+  int64_t offset(int64_t r, const int64_t* stride) const {
+    const int64_t g = job.groups == 1 ? 0 : r / p.queries;
+    return g * stride[1] + (r - g * p.queries) * stride[2];
+  }
+  const float* query(int64_t r) const { return q + offset(r, p.q_stride); }
+  float* output(int64_t r) const { return out + offset(r, p.out_stride); }
+  // Whether rows [r, r + count) are the same distance apart in memory, and that distance.
+  bool is_even(int64_t r, int64_t count) const {
+    return job.groups == 1 || p.queries == 1 || r % p.queries + count <= p.queries;
+  }
+  int64_t step(const int64_t* stride) const { return stride[p.queries == 1 ? 1 : 2]; }
+
+  void add_mask(int64_t r, int64_t from, int64_t count, float* s) const {
+    if (p.mask_kind == FXQUANT_MASK_NONE) return;
+    const int64_t* stride = p.mask_stride;
+    const int64_t at = batch * stride[0] + first * stride[1] + offset(r, stride) + from * stride[3];
+    if (p.mask_kind == FXQUANT_MASK_BOOL)
+      kernel.hide(s, static_cast<const uint8_t*>(p.mask) + at, stride[3], count);
+    else
+      kernel.add_mask(s, static_cast<const float*>(p.mask) + at, stride[3], count);
+  }
+
+  void pack_key_panel(int64_t i, float* to) const {
+    const int64_t j = i * job.panel;
+    kernel.pack_keys(k + j * p.k_stride[2], p.k_stride[2], std::min(job.panel, p.keys - j), p.depth, job.factor,
+                     to + j * p.depth);
+  }
+  void pack_value_rows(int64_t from, int64_t end, float* to) const {
+    kernel.pack_values(v + from * p.v_stride[2], p.v_stride[2], end - from, p.value_depth, to + from * job.panel,
+                       job.panel * p.keys);
+  }
+
+  void block(int64_t index, const float* keys, const float* values, float* scratch) const;
+  void strip(int64_t r0, int64_t count, int64_t k0, const float* keys, const float* values, float* sums, float* top,
+             float* sum, float* scratch) const;
+  void direct(int64_t chunk, float* partial, float* scratch) const;
+  void merge(const float* partial) const;
+  void finish(int64_t r, const float* from, float sum) const;
 };
 
 // A row whose keys are all masked away has sum 0 and output 0.
 float inverse(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
 
-void Job::finish(int64_t head, int64_t r, const float* from, float sum) const {
-  float* to = output(head, r);
+void Head::finish(int64_t r, const float* from, float sum) const {
+  float* to = output(r);
   const float by = inverse(sum);
   for (int64_t c = 0; c < p.value_depth; c++) to[c] = from[c] * by;
 }
 
-// One strip of rows against one block of keys. `out` holds the sums over earlier blocks; a strip that needs only one
-// block goes straight to its place.
-void Job::strip(int64_t head, int64_t r0, int64_t count, int64_t k0, const float* keys, const float* values, float* out,
-                float* top, float* sum, float* scratch) const {
+// One strip of rows against one block of keys. `sums` holds the weighted values of earlier blocks; what a strip that
+// needs only one block finds goes straight to its place.
+void Head::strip(int64_t r0, int64_t count, int64_t k0, const float* keys, const float* values, float* sums, float* top,
+                 float* sum, float* scratch) const {
   int64_t own[kMostRows], seen = 0;
-  for (int64_t r = 0; r < count; r++) seen = std::max(seen, limit(r0 + r));
-  const int64_t used = std::min(seen - k0, kKeyBlock);
+  for (int64_t r = 0; r < count; r++) seen = std::max(seen, own[r] = job.limit(r0 + r));
+  const int64_t used = std::min(seen - k0, kKeyBlock), panel = job.panel, width = job.values_padded;
   if (used <= 0) return;
-  for (int64_t r = 0; r < count; r++) own[r] = std::clamp<int64_t>(limit(r0 + r) - k0, 0, used);
+  for (int64_t r = 0; r < count; r++) own[r] = std::clamp<int64_t>(own[r] - k0, 0, used);
   const bool is_even = this->is_even(r0, count);
-  const float* q = query(head, r0);
+  const float* rows = query(r0);
   if (!is_even) {
-    for (int64_t r = 0; r < count; r++) std::memcpy(scratch + r * p.depth, query(head, r0 + r), p.depth * 4);
-    q = scratch;
+    for (int64_t r = 0; r < count; r++) std::memcpy(scratch + r * p.depth, query(r0 + r), p.depth * 4);
+    rows = scratch;
   }
   float *scores = scratch + kMostRows * p.depth, factors[kMostRows];
   const ProductFn product = kernel.product[count - 1];
-  product(q, is_even ? step(p.q_stride) : p.depth, keys + k0 * p.depth, panel * p.depth, used, p.depth, scores,
+  product(rows, is_even ? step(p.q_stride) : p.depth, keys + k0 * p.depth, panel * p.depth, used, p.depth, scores,
           kScoreStride, true, nullptr);
-  for (int64_t r = 0; r < count; r++) add_mask(head, r0 + r, k0, own[r], scores + r * kScoreStride);
+  for (int64_t r = 0; r < count; r++) add_mask(r0 + r, k0, own[r], scores + r * kScoreStride);
   kernel.softmax(scores, kScoreStride, count, own, used, top, sum, factors);
   const bool is_last = seen <= k0 + kKeyBlock, is_only = is_last && k0 == 0;
   if (is_only && is_even && p.value_depth % kernel.lanes == 0) {
     for (int64_t r = 0; r < count; r++) factors[r] = inverse(sum[r]);
-    product(scores, kScoreStride, values, panel * p.keys, p.value_depth, used, output(head, r0), step(p.out_stride), true,
-            factors);
+    product(scores, kScoreStride, values, panel * p.keys, p.value_depth, used, output(r0), step(p.out_stride), true, factors);
     return;
   }
   for (int64_t r = 0; r < count && k0 > 0; r++)
     if (factors[r] != 1.f)
-      for (int64_t c = 0; c < values_padded; c++) out[r * values_padded + c] *= factors[r];
-  product(scores, kScoreStride, values + k0 * panel, panel * p.keys, p.value_depth, used, out, values_padded, k0 == 0,
-          nullptr);
-  for (int64_t r = 0; r < count && is_last; r++) finish(head, r0 + r, out + r * values_padded, sum[r]);
+      for (int64_t c = 0; c < width; c++) sums[r * width + c] *= factors[r];
+  product(scores, kScoreStride, values + k0 * panel, panel * p.keys, p.value_depth, used, sums, width, k0 == 0, nullptr);
+  for (int64_t r = 0; r < count && is_last; r++) finish(r0 + r, sums + r * width, sum[r]);
 }
 
-void Job::block(int64_t head, int64_t index, const float* keys, const float* values, float* scratch) const {
-  float *out = scratch, *top = out + kRowBlock * values_padded, *sum = top + kRowBlock;
-  const int64_t first = index * kRowBlock, count = std::min(kRowBlock, rows - first);
-  std::fill_n(top, count, -std::numeric_limits<float>::infinity());
+void Head::block(int64_t index, const float* keys, const float* values, float* scratch) const {
+  float *sums = scratch, *top = sums + kRowBlock * job.values_padded, *sum = top + kRowBlock;
+  const int64_t from = index * kRowBlock, count = std::min(kRowBlock, job.rows - from);
+  std::fill_n(top, count, kNone);
   std::fill_n(sum, count, 0.f);
   const int64_t strips = (count + kernel.rows - 1) / kernel.rows;
   for (int64_t k0 = 0; k0 < p.keys; k0 += kKeyBlock)
     for (int64_t i = 0; i < strips; i++) {  // of about the same height: a strip of one or two rows wastes the multipliers
       const int64_t r = i * count / strips, height = (i + 1) * count / strips - r;
-      strip(head, first + r, height, k0, keys, values, out + r * values_padded, top + r, sum + r, sum + kRowBlock);
+      strip(from + r, height, k0, keys, values, sums + r * job.values_padded, top + r, sum + r, sum + kRowBlock);
     }
 }
 
 // The partial result of every row of a head over one chunk of keys: max, sum, weighted values.
-void Job::direct(int64_t head, int64_t chunk, float* partial, float* scratch) const {
-  float *q = scratch, *s = scratch + up(p.depth, 16), before;
+void Head::direct(int64_t chunk, float* partial, float* scratch) const {
+  float *scaled = scratch, *s = scratch + up(p.depth, 16), before;
   const int64_t k0 = chunk * kDirectKeys;
-  for (int64_t r = 0; r < rows; r++, partial += partial_floats()) {
-    const int64_t used = std::clamp<int64_t>(limit(r) - k0, 0, kDirectKeys);
-    partial[0] = -std::numeric_limits<float>::infinity();
+  for (int64_t r = 0; r < job.rows; r++, partial += job.partial_floats()) {
+    const int64_t used = std::clamp<int64_t>(job.limit(r) - k0, 0, kDirectKeys);
+    partial[0] = kNone;
     partial[1] = 0.f;
-    const float* from = query(head, r);
-    for (int64_t c = 0; c < p.depth; c++) q[c] = from[c] * factor;
-    if (used > 0) kernel.dot_rows(q, key(head, k0), p.k_stride[2], used, p.depth, s);
-    add_mask(head, r, k0, used, s);
+    const float* row = query(r);
+    for (int64_t c = 0; c < p.depth; c++) scaled[c] = row[c] * job.factor;
+    if (used > 0) kernel.dot_rows(scaled, k + k0 * p.k_stride[2], p.k_stride[2], used, p.depth, s);
+    add_mask(r, k0, used, s);
     kernel.softmax(s, kDirectKeys, 1, &used, used, partial, partial + 1, &before);
-    kernel.mix_rows(s, value(head, k0), p.v_stride[2], used, p.value_depth, partial + 2);
+    kernel.mix_rows(s, v + k0 * p.v_stride[2], p.v_stride[2], used, p.value_depth, partial + 2);
   }
 }
 
-void Job::merge(int64_t head, const float* partial) const {
-  const int64_t size = partial_floats(), stride = rows * size;
+void Head::merge(const float* partial) const {
+  const int64_t size = job.partial_floats(), stride = job.rows * size;
   const auto sum = floats(p.value_depth);
-  for (int64_t r = 0; r < rows; r++) {
-    float top = -std::numeric_limits<float>::infinity(), total = 0.f;
-    for (int64_t i = 0; i < chunks(); i++) top = std::max(top, partial[i * stride + r * size]);
+  for (int64_t r = 0; r < job.rows; r++) {
+    float top = kNone, total = 0.f;
+    for (int64_t i = 0; i < job.chunks(); i++) top = std::max(top, partial[i * stride + r * size]);
     std::fill_n(sum.get(), p.value_depth, 0.f);
-    for (int64_t i = 0; i < chunks(); i++) {
+    for (int64_t i = 0; i < job.chunks(); i++) {
       const float* from = partial + i * stride + r * size;
-      const float by = from[0] == -std::numeric_limits<float>::infinity() ? 1.f : std::exp2(from[0] - top);
+      const float by = from[0] == kNone ? 1.f : std::exp2(from[0] - top);
       total += from[1] * by;
       for (int64_t c = 0; c < p.value_depth; c++) sum[c] += from[2 + c] * by;
     }
-    finish(head, r, sum.get(), total);
+    finish(r, sum.get(), total);
   }
 }
 
@@ -233,40 +242,43 @@ extern "C" void fxquant_attention(
     const int64_t chunks = job.chunks(), size = job.rows * job.partial_floats();
     if (chunks == 1) {
       share(job.heads, workers, up(problem->depth, 16) + kDirectKeys + size, parallel, pool, [&](int64_t i, float* scratch) {
-        job.direct(i, 0, scratch, scratch + size);
-        job.merge(i, scratch);
+        const Head head(job, i);
+        head.direct(0, scratch, scratch + size);
+        head.merge(scratch);
       });
       return;
     }
     const auto partial = floats(job.heads * chunks * size);
     share(job.heads * chunks, workers, up(problem->depth, 16) + kDirectKeys, parallel, pool, [&](int64_t i, float* scratch) {
-      job.direct(i / chunks, i % chunks, partial.get() + i * size, scratch);
+      Head(job, i / chunks).direct(i % chunks, partial.get() + i * size, scratch);
     });
     share(job.heads, workers, 0, parallel, pool,
-          [&](int64_t i, float*) { job.merge(i, partial.get() + i * chunks * size); });
+          [&](int64_t i, float*) { Head(job, i).merge(partial.get() + i * chunks * size); });
     return;
   }
   const int64_t packed = job.key_floats + job.value_floats, panels = job.keys_padded / job.panel;
   const bool balanced = job.heads % workers == 0 || job.heads >= 4 * workers;
   if (balanced || job.blocks() == 1) {  // a worker packs the heads that it computes
-    share(job.heads, workers, packed + job.scratch_floats(), parallel, pool, [&](int64_t head, float* memory) {
+    share(job.heads, workers, packed + job.scratch_floats(), parallel, pool, [&](int64_t i, float* memory) {
+      const Head head(job, i);
       float *keys = memory, *values = memory + job.key_floats;
-      for (int64_t i = 0; i < panels; i++) job.pack_key_panel(head, i, keys);
-      job.pack_value_rows(head, 0, problem->keys, values);
-      for (int64_t i = 0; i < job.blocks(); i++) job.block(head, i, keys, values, memory + packed);
+      for (int64_t panel = 0; panel < panels; panel++) head.pack_key_panel(panel, keys);
+      head.pack_value_rows(0, problem->keys, values);
+      for (int64_t block = 0; block < job.blocks(); block++) head.block(block, keys, values, memory + packed);
     });
     return;
   }
   const auto shared = floats(job.heads * packed);
   share(job.heads * panels, workers, 0, parallel, pool, [&](int64_t i, float*) {
-    const int64_t head = i / panels, first = i % panels * job.panel;
-    float* keys = shared.get() + head * packed;
-    job.pack_key_panel(head, i % panels, keys);
-    job.pack_value_rows(head, first, std::min(first + job.panel, problem->keys), keys + job.key_floats);
+    const Head head(job, i / panels);
+    const int64_t first = i % panels * job.panel;
+    float* keys = shared.get() + i / panels * packed;
+    head.pack_key_panel(i % panels, keys);
+    head.pack_value_rows(first, std::min(first + job.panel, problem->keys), keys + job.key_floats);
   });
   share(job.heads * job.blocks(), workers, job.scratch_floats(), parallel, pool, [&](int64_t i, float* scratch) {
     const int64_t head = i / job.blocks(), last = job.blocks() - 1;
     const float* keys = shared.get() + head * packed;
-    job.block(head, last - i % job.blocks(), keys, keys + job.key_floats, scratch);  // causal: the longest first
+    Head(job, head).block(last - i % job.blocks(), keys, keys + job.key_floats, scratch);  // causal: the longest first
   });
 }

@@ -73,13 +73,17 @@ void pack_keys(const float* k, int64_t ld, int64_t rows, int64_t depth, float fa
   }
 }
 
-// One panel of columns of the values: `width` of them, the others 0.
+// Rows of `depth` values -> panels [rows][two vectors] of columns, `panel` floats apart; missing columns are 0.
 template <typename V>
-void pack_values(const float* v, int64_t ld, int64_t rows, int64_t width, float* to) {
+void pack_values(const float* v, int64_t ld, int64_t rows, int64_t depth, float* to, int64_t panel) {
   constexpr int64_t L = V::kLanes;
   for (int64_t j = 0; j < rows; j++, v += ld, to += 2 * L) {
-    V::store(to, width >= L ? V::load(v) : V::load_part(v, width));
-    V::store(to + L, width >= 2 * L ? V::load(v + L) : V::load_part(v + std::min(width, L), std::max<int64_t>(width - L, 0)));
+    int64_t c = 0;
+    float* at = to;
+    for (; c + 2 * L <= depth; c += 2 * L, at += panel) V::store(at, V::load(v + c)), V::store(at + L, V::load(v + c + L));
+    if (c == depth) continue;
+    const int64_t left = depth - c, low = std::min(left, L);
+    V::store(at, V::load_part(v + c, low)), V::store(at + L, V::load_part(v + c + low, left - low));
   }
 }
 

@@ -72,19 +72,19 @@ inline V highest(float* s, int64_t count) {
 template <typename V>
 inline float weigh(float* s, int64_t padded, V shift) {
   constexpr int64_t L = V::kLanes;
-  Four<V> sum = Four<V>::set1(0.f);
+  V sum = V::set1(0.f);
   int64_t j = 0;
   for (; j + 4 * L <= padded; j += 4 * L) {
     const Four<V> e = exp2(Four<V>::sub(Four<V>::load(s + j), Four<V>::all(shift)));
     Four<V>::store(s + j, e);
-    sum = Four<V>::add(sum, e);
+    sum = V::add(sum, V::add(V::add(e.a, e.b), V::add(e.c, e.d)));
   }
   for (; j < padded; j += L) {
     const V e = exp2(V::sub(V::load(s + j), shift));
     V::store(s + j, e);
-    sum.a = V::add(sum.a, e);
+    sum = V::add(sum, e);
   }
-  return V::sum(V::add(V::add(sum.a, sum.b), V::add(sum.c, sum.d)));
+  return V::sum(sum);
 }
 
 // A strip of scores becomes weights: row r keeps its first own[r] keys, the others up to `used` get weight 0. top and sum

@@ -23,7 +23,7 @@ struct Kernels {
   void (*add_mask)(float* s, const float* mask, int64_t step, int64_t count);
   void (*hide)(float* s, const uint8_t* mask, int64_t step, int64_t count);
   void (*pack_keys)(const float* k, int64_t ld, int64_t rows, int64_t depth, float factor, float* to);
-  void (*pack_values)(const float* v, int64_t ld, int64_t rows, int64_t width, float* to);
+  void (*pack_values)(const float* v, int64_t ld, int64_t rows, int64_t depth, float* to, int64_t panel);
   void (*dot_rows)(const float* q, const float* k, int64_t ld, int64_t rows, int64_t depth, float* scores);
   void (*mix_rows)(const float* p, const float* v, int64_t ld, int64_t rows, int64_t depth, float* out);
 };
