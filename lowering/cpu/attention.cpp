@@ -21,7 +21,6 @@ namespace {
 constexpr const Kernels* kTable[] = {&kScalar, &kAvx2, &kAvx2, &kAvx512};
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kScoreStride = kKeyBlock + 16;  // rows of scores do not share one set of the first-level cache
-constexpr int64_t kMostRows = 12;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr int64_t kAloneProducts = 1 << 16;  // below it, waking a second thread costs more than it does
 
@@ -59,9 +58,17 @@ struct Job {
 
   int64_t limit(int64_t r) const { return p.causal ? std::min(r % p.queries + 1, p.keys) : p.keys; }
   int64_t blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
-  int64_t scratch_floats() const { return kRowBlock * (values_padded + 2) + kMostRows * (p.depth + kScoreStride); }
+  int64_t scratch_floats() const { return kRowBlock * (values_padded + 2) + kMostRows * (p.depth + 2 * kScoreStride); }
   int64_t chunks() const { return (p.keys + kDirectKeys - 1) / kDirectKeys; }
   int64_t partial_floats() const { return p.value_depth + 2; }
+};
+
+// One strip of rows against one block of keys. `sums` holds the weighted values of earlier blocks.
+struct Strip {
+  int64_t r0, used;  // first row; keys of the block that some row sees
+  bool is_even, is_last, is_only;
+  float *scores, *sums, *top, *sum;
+  Weights weights;
 };
 
 // One key head and the rows that read it: the query rows of `groups` query heads, one head after the other.
@@ -117,8 +124,8 @@ struct Head {
   }
 
   void block(int64_t index, const float* keys, const float* values, float* scratch) const;
-  void strip(int64_t r0, int64_t count, int64_t k0, const float* keys, const float* values, float* sums, float* top,
-             float* sum, float* scratch) const;
+  bool score(Strip& strip, int64_t k0, const float* keys, float* copied, Weights* beside) const;
+  void mix(Strip& strip, int64_t k0, const float* values) const;
   void direct(int64_t chunk, float* partial, float* scratch) const;
   void merge(const float* partial) const;
   void finish(int64_t r, const float* from, float sum) const;
@@ -133,56 +140,83 @@ void Head::finish(int64_t r, const float* from, float sum) const {
   for (int64_t c = 0; c < p.value_depth; c++) to[c] = from[c] * by;
 }
 
-// One strip of rows against one block of keys. `sums` holds the weighted values of earlier blocks; what a strip that
-// needs only one block finds goes straight to its place.
-void Head::strip(int64_t r0, int64_t count, int64_t k0, const float* keys, const float* values, float* sums, float* top,
-                 float* sum, float* scratch) const {
+// Scores of a strip, while the weights of the strip before it are computed. False: its rows see none of the keys.
+bool Head::score(Strip& strip, int64_t k0, const float* keys, float* copied, Weights* beside) const {
+  Weights& w = strip.weights;
   int64_t own[kMostRows], seen = 0;
-  for (int64_t r = 0; r < count; r++) seen = std::max(seen, own[r] = job.limit(r0 + r));
-  const int64_t used = std::min(seen - k0, kKeyBlock), panel = job.panel, width = job.values_padded;
-  if (used <= 0) return;
-  for (int64_t r = 0; r < count; r++) own[r] = std::clamp<int64_t>(own[r] - k0, 0, used);
-  const bool is_even = this->is_even(r0, count);
-  const float* rows = query(r0);
-  if (!is_even) {
-    for (int64_t r = 0; r < count; r++) std::memcpy(scratch + r * p.depth, query(r0 + r), p.depth * 4);
-    rows = scratch;
+  for (int64_t r = 0; r < w.rows; r++) seen = std::max(seen, own[r] = job.limit(strip.r0 + r));
+  strip.used = std::min(seen - k0, kKeyBlock);
+  if (strip.used <= 0) return false;
+  strip.is_even = is_even(strip.r0, w.rows);
+  strip.is_last = seen <= k0 + kKeyBlock;
+  strip.is_only = strip.is_last && k0 == 0;
+  const float* rows = query(strip.r0);
+  if (!strip.is_even) {
+    for (int64_t r = 0; r < w.rows; r++) std::memcpy(copied + r * p.depth, query(strip.r0 + r), p.depth * 4);
+    rows = copied;
   }
-  float *scores = scratch + kMostRows * p.depth, factors[kMostRows];
-  const ProductFn product = kernel.product[count - 1];
-  product(rows, is_even ? step(p.q_stride) : p.depth, keys + k0 * p.depth, panel * p.depth, used, p.depth, scores,
-          kScoreStride, true, nullptr);
-  for (int64_t r = 0; r < count; r++) add_mask(r0 + r, k0, own[r], scores + r * kScoreStride);
-  kernel.softmax(scores, kScoreStride, count, own, used, top, sum, factors);
-  const bool is_last = seen <= k0 + kKeyBlock, is_only = is_last && k0 == 0;
-  if (is_only && is_even && p.value_depth % kernel.lanes == 0) {
-    for (int64_t r = 0; r < count; r++) factors[r] = inverse(sum[r]);
-    product(scores, kScoreStride, values, panel * p.keys, p.value_depth, used, output(r0), step(p.out_stride), true, factors);
+  w.scores = strip.scores, w.ld = kScoreStride;
+  kernel.product[w.rows - 1](rows, strip.is_even ? step(p.q_stride) : p.depth, keys + k0 * p.depth, job.panel * p.depth,
+                             strip.used, p.depth, strip.scores, kScoreStride, true, nullptr, beside);
+  for (int64_t r = 0; r < w.rows; r++) {
+    own[r] = std::clamp<int64_t>(own[r] - k0, 0, strip.used);
+    add_mask(strip.r0 + r, k0, own[r], strip.scores + r * kScoreStride);
+  }
+  kernel.start_weights(w, own, strip.used, strip.top, strip.sum);
+  return true;
+}
+
+// Weighted values of a strip; rows of one block go straight to their place.
+void Head::mix(Strip& strip, int64_t k0, const float* values) const {
+  const Weights& w = strip.weights;
+  kernel.finish_weights(strip.weights, strip.sum);
+  const int64_t panel = job.panel, width = job.values_padded;
+  const ProductFn product = kernel.product[w.rows - 1];
+  if (strip.is_only && strip.is_even && p.value_depth % kernel.lanes == 0) {
+    float by[kMostRows];
+    for (int64_t r = 0; r < w.rows; r++) by[r] = inverse(strip.sum[r]);
+    product(strip.scores, kScoreStride, values, panel * p.keys, p.value_depth, strip.used, output(strip.r0),
+            step(p.out_stride), true, by, nullptr);
     return;
   }
-  for (int64_t r = 0; r < count && k0 > 0; r++)
-    if (factors[r] != 1.f)
-      for (int64_t c = 0; c < width; c++) sums[r * width + c] *= factors[r];
-  product(scores, kScoreStride, values + k0 * panel, panel * p.keys, p.value_depth, used, sums, width, k0 == 0, nullptr);
-  for (int64_t r = 0; r < count && is_last; r++) finish(r0 + r, sums + r * width, sum[r]);
+  for (int64_t r = 0; r < w.rows && k0 > 0; r++)
+    if (w.factor[r] != 1.f)
+      for (int64_t c = 0; c < width; c++) strip.sums[r * width + c] *= w.factor[r];
+  product(strip.scores, kScoreStride, values + k0 * panel, panel * p.keys, p.value_depth, strip.used, strip.sums, width,
+          k0 == 0, nullptr, nullptr);
+  for (int64_t r = 0; r < w.rows && strip.is_last; r++) finish(strip.r0 + r, strip.sums + r * width, strip.sum[r]);
 }
 
 void Head::block(int64_t index, const float* keys, const float* values, float* scratch) const {
-  float *sums = scratch, *top = sums + kRowBlock * job.values_padded, *sum = top + kRowBlock;
   const int64_t from = index * kRowBlock, count = std::min(kRowBlock, job.rows - from);
+  const int64_t strips = (count + kernel.rows - 1) / kernel.rows, width = job.values_padded;
+  float *sums = scratch, *top = sums + kRowBlock * width, *sum = top + kRowBlock, *copied = sum + kRowBlock;
+  float* scores = copied + kMostRows * p.depth;
   std::fill_n(top, count, kNone);
   std::fill_n(sum, count, 0.f);
-  const int64_t strips = (count + kernel.rows - 1) / kernel.rows;
-  for (int64_t k0 = 0; k0 < p.keys; k0 += kKeyBlock)
-    for (int64_t i = 0; i < strips; i++) {  // of about the same height: a strip of one or two rows wastes the multipliers
-      const int64_t r = i * count / strips, height = (i + 1) * count / strips - r;
-      strip(from + r, height, k0, keys, values, sums + r * job.values_padded, top + r, sum + r, sum + kRowBlock);
+  Strip slots[2];
+  for (int64_t k0 = 0; k0 < p.keys; k0 += kKeyBlock) {
+    Strip* waiting = nullptr;
+    for (int64_t i = 0; i <= strips; i++) {
+      Strip& strip = slots[i % 2];
+      bool is_there = false;
+      if (i < strips) {  // of about the same height: a strip of one or two rows wastes the multipliers
+        const int64_t r = i * count / strips;
+        strip.r0 = from + r, strip.weights.rows = (i + 1) * count / strips - r;
+        strip.scores = scores + i % 2 * kMostRows * kScoreStride;
+        strip.sums = sums + r * width, strip.top = top + r, strip.sum = sum + r;
+        is_there = score(strip, k0, keys, copied, waiting == nullptr ? nullptr : &waiting->weights);
+      }
+      if (waiting != nullptr) mix(*waiting, k0, values);
+      waiting = is_there ? &strip : nullptr;
     }
+  }
 }
 
 // The partial result of every row of a head over one chunk of keys: max, sum, weighted values.
 void Head::direct(int64_t chunk, float* partial, float* scratch) const {
-  float *scaled = scratch, *s = scratch + up(p.depth, 16), before;
+  float *scaled = scratch, *s = scratch + up(p.depth, 16);
+  Weights weights;
   const int64_t k0 = chunk * kDirectKeys;
   for (int64_t r = 0; r < job.rows; r++, partial += job.partial_floats()) {
     const int64_t used = std::clamp<int64_t>(job.limit(r) - k0, 0, kDirectKeys);
@@ -192,7 +226,9 @@ void Head::direct(int64_t chunk, float* partial, float* scratch) const {
     for (int64_t c = 0; c < p.depth; c++) scaled[c] = row[c] * job.factor;
     if (used > 0) kernel.dot_rows(scaled, k + k0 * p.k_stride[2], p.k_stride[2], used, p.depth, s);
     add_mask(r, k0, used, s);
-    kernel.softmax(s, kDirectKeys, 1, &used, used, partial, partial + 1, &before);
+    weights.scores = s, weights.ld = kDirectKeys, weights.rows = 1;
+    kernel.start_weights(weights, &used, used, partial, partial + 1);
+    kernel.finish_weights(weights, partial + 1);
     kernel.mix_rows(s, v + k0 * p.v_stride[2], p.v_stride[2], used, p.value_depth, partial + 2);
   }
 }

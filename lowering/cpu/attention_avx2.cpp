@@ -22,7 +22,10 @@ struct Ymm {
   static Ymm mul(Ymm a, Ymm b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static Ymm max(Ymm a, Ymm b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Ymm fma(Ymm a, Ymm b, Ymm c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-  static Ymm exponent(Ymm n) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n.v), 23))}; }
+  static Ymm eighths(Ymm n) {
+    const __m256i bits = _mm256_castps_si256(n.v), table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kEighths));
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(table, bits), _mm256_slli_epi32(bits, 20)))};
+  }
   static float front(Ymm a) { return _mm256_cvtss_f32(a.v); }
   static Ymm first_or(Ymm a, int64_t n, Ymm b) { return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(first(n)))}; }
   static Ymm highest(Ymm a) { return {attention::highest(a.v)}; }
@@ -47,6 +50,6 @@ constexpr ProductFn kProducts[] = {product_1<Ymm>, product_2<Ymm>, product_3<Ymm
 
 }  // namespace
 
-const Kernels kAvx2 = {8, 6, kProducts, softmax<Ymm>, add_mask<Ymm>, hide<Ymm>, pack_keys<Ymm>, pack_values<Ymm>, dot_rows<Ymm>, mix_rows<Ymm>};
+const Kernels kAvx2 = {8, 6, kProducts, start_weights<Ymm>, finish_weights<Ymm>, add_mask<Ymm>, hide<Ymm>, pack_keys<Ymm>, pack_values<Ymm>, dot_rows<Ymm>, mix_rows<Ymm>};
 
 }  // namespace fxquant::attention

@@ -20,7 +20,10 @@ struct Zmm {
   static Zmm mul(Zmm a, Zmm b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static Zmm max(Zmm a, Zmm b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Zmm fma(Zmm a, Zmm b, Zmm c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-  static Zmm exponent(Zmm n) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(n.v), 23))}; }
+  static Zmm eighths(Zmm n) {
+    const __m512i bits = _mm512_castps_si512(n.v), table = _mm512_load_si512(kEighths);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(bits, table), _mm512_slli_epi32(bits, 20)))};
+  }
   static __m256 high_half(Zmm a) { return _mm512_extractf32x8_ps(a.v, 1); }
   static __m256 halves(Zmm a) { return _mm256_add_ps(_mm512_castps512_ps256(a.v), high_half(a)); }
   static float front(Zmm a) { return _mm512_cvtss_f32(a.v); }
@@ -51,6 +54,6 @@ constexpr ProductFn kProducts[] = {product_1<Zmm>, product_2<Zmm>, product_3<Zmm
 
 }  // namespace
 
-const Kernels kAvx512 = {16, 12, kProducts, softmax<Zmm>, add_mask<Zmm>, hide<Zmm>, pack_keys<Zmm>, pack_values<Zmm>, dot_rows<Zmm>, mix_rows<Zmm>};
+const Kernels kAvx512 = {16, 12, kProducts, start_weights<Zmm>, finish_weights<Zmm>, add_mask<Zmm>, hide<Zmm>, pack_keys<Zmm>, pack_values<Zmm>, dot_rows<Zmm>, mix_rows<Zmm>};
 
 }  // namespace fxquant::attention

@@ -1,7 +1,7 @@
 // The float attention kernels as templates over a vector type; each instruction set's file instantiates them.
 //
 // A vector type has kLanes, load, store, load_part, store_part (the first n lanes), set1, add, sub, mul, max (the second
-// operand where one is NaN), fma, exponent (low bits to the exponent field), front (the first lane), first_or (the first n
+// operand where one is NaN), fma, eighths (2^(n/8 - 127) of the low bits n), front (the first lane), first_or (the first n
 // lanes, the others of another vector), highest (of all lanes, in every lane), sum (of all lanes), hidden (minus infinity
 // where a float is minus infinity or a byte is 0, else 0), sum4 (of the lanes of four vectors) and transpose (a kBlock x
 // kBlock square, times a factor).
@@ -16,7 +16,8 @@
 namespace fxquant::attention {
 
 // y[r][0..columns) (+)= sum_i x[r][i] w[i][0..columns) for R rows, times by[r] where by is given. w stands in panels of two
-// vectors of columns, `panel` floats apart; y has room for whole vectors. Unrolled: short loops end as predicted.
+// vectors of columns, `panel` floats apart; y has room for whole vectors. Unrolled: short loops end as predicted. After each
+// panel one panel of another strip is weighed, so that its long chains of additions run beside the multiplications.
 #define FXQUANT_DECLARE2(r) V a##r = V::set1(0.f), b##r = a##r;
 #define FXQUANT_START2(r) a##r = V::load(y + r * ldy), b##r = V::load(y + r * ldy + V::kLanes);
 #define FXQUANT_MAC2(r)                      \
@@ -38,7 +39,7 @@ namespace fxquant::attention {
 #define FXQUANT_PRODUCT(R)                                                                                             \
   template <typename V>                                                                                                \
   void product_##R(const float* x, int64_t ldx, const float* from, int64_t panel, int64_t columns, int64_t count,      \
-                   float* y, int64_t ldy, bool first, const float* by) {                                               \
+                   float* y, int64_t ldy, bool first, const float* by, Weights* beside) {                                               \
     constexpr int64_t L = V::kLanes;                                                                                   \
     for (; columns > L; columns -= 2 * L, from += panel, y += 2 * L) {                                                 \
       const float* w = from;                                                                                           \
@@ -49,6 +50,7 @@ namespace fxquant::attention {
       }                                                                                                                \
       if (by != nullptr) { FXQUANT_ROWS_##R(FXQUANT_SCALE2) }                                                          \
       FXQUANT_ROWS_##R(FXQUANT_STORE2)                                                                                 \
+      if (beside != nullptr) weigh_panel<V>(*beside);                                                                  \
     }                                                                                                                  \
     if (columns <= 0) return;                                                                                          \
     FXQUANT_ROWS_##R(FXQUANT_DECLARE1) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START1) }                                \

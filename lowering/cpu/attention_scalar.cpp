@@ -24,11 +24,11 @@ struct Plain {
   static Plain mul(Plain a, Plain b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
   static Plain max(Plain a, Plain b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
   static Plain fma(Plain a, Plain b, Plain c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-  static Plain exponent(Plain n) {
+  static Plain eighths(Plain n) {
     return each([&](int i) {
       uint32_t bits;
       std::memcpy(&bits, &n.v[i], 4);
-      bits <<= 23;
+      bits = static_cast<uint32_t>(kEighths[bits % 8]) + (bits << 20);
       float r;
       std::memcpy(&r, &bits, 4);
       return r;
@@ -58,6 +58,6 @@ constexpr ProductFn kProducts[] = {product_1<Plain>, product_2<Plain>, product_3
 
 }  // namespace
 
-const Kernels kScalar = {8, 4, kProducts, softmax<Plain>, add_mask<Plain>, hide<Plain>, pack_keys<Plain>, pack_values<Plain>, dot_rows<Plain>, mix_rows<Plain>};
+const Kernels kScalar = {8, 4, kProducts, start_weights<Plain>, finish_weights<Plain>, add_mask<Plain>, hide<Plain>, pack_keys<Plain>, pack_values<Plain>, dot_rows<Plain>, mix_rows<Plain>};
 
 }  // namespace fxquant::attention
