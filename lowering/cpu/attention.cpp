@@ -57,8 +57,9 @@ struct Job {
         factor(static_cast<float>(static_cast<double>(p.scale) * kLog2E)) {}
 
   int64_t limit(int64_t r) const { return p.causal ? std::min(r % p.queries + 1, p.keys) : p.keys; }
-  int64_t blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
-  int64_t scratch_floats() const { return kRowBlock * (values_padded + 2) + kMostRows * (p.depth + 2 * kScoreStride); }
+  int64_t scratch_floats(int64_t block) const {
+    return std::min(block, rows) * (values_padded + 2) + kMostRows * (p.depth + 2 * kScoreStride);
+  }
   int64_t chunks() const { return (p.keys + kDirectKeys - 1) / kDirectKeys; }
   int64_t partial_floats() const { return p.value_depth + 2; }
 };
@@ -123,7 +124,7 @@ struct Head {
                        job.panel * p.keys);
   }
 
-  void block(int64_t index, const float* keys, const float* values, float* scratch) const;
+  void block(int64_t from, int64_t end, const float* keys, const float* values, float* scratch) const;
   bool score(Strip& strip, int64_t k0, const float* keys, float* copied, Weights* beside) const;
   void mix(Strip& strip, int64_t k0, const float* values) const;
   void direct(int64_t chunk, float* partial, float* scratch) const;
@@ -187,10 +188,9 @@ void Head::mix(Strip& strip, int64_t k0, const float* values) const {
   for (int64_t r = 0; r < w.rows && strip.is_last; r++) finish(strip.r0 + r, strip.sums + r * width, strip.sum[r]);
 }
 
-void Head::block(int64_t index, const float* keys, const float* values, float* scratch) const {
-  const int64_t from = index * kRowBlock, count = std::min(kRowBlock, job.rows - from);
-  const int64_t strips = (count + kernel.rows - 1) / kernel.rows, width = job.values_padded;
-  float *sums = scratch, *top = sums + kRowBlock * width, *sum = top + kRowBlock, *copied = sum + kRowBlock;
+void Head::block(int64_t from, int64_t end, const float* keys, const float* values, float* scratch) const {
+  const int64_t count = end - from, strips = (count + kernel.rows - 1) / kernel.rows, width = job.values_padded;
+  float *sums = scratch, *top = sums + count * width, *sum = top + count, *copied = sum + count;
   float* scores = copied + kMostRows * p.depth;
   std::fill_n(top, count, kNone);
   std::fill_n(sum, count, 0.f);
@@ -267,6 +267,19 @@ void share(int64_t count, int64_t workers, int64_t scratch, fxquant_parallel par
   parallel(pool, std::min(workers, count), body, &context);
 }
 
+// Few rows: chunks of keys are read where they are, and whoever finishes the last chunk of a head merges them in order.
+void in_place(const Job& job, int64_t workers, fxquant_parallel parallel, void* pool) {
+  const int64_t chunks = job.chunks(), size = job.rows * job.partial_floats();
+  const auto partial = floats(job.heads * chunks * size);
+  const auto done = std::make_unique<std::atomic<int64_t>[]>(job.heads);
+  share(job.heads * chunks, workers, up(job.p.depth, 16) + kDirectKeys, parallel, pool, [&](int64_t i, float* scratch) {
+    const Head head(job, i / chunks);
+    head.direct(i % chunks, partial.get() + i * size, scratch);
+    if (done[i / chunks].fetch_add(1, std::memory_order_acq_rel) == chunks - 1)
+      head.merge(partial.get() + i / chunks * chunks * size);
+  });
+}
+
 }  // namespace
 
 extern "C" void fxquant_attention(
@@ -274,33 +287,18 @@ extern "C" void fxquant_attention(
   const Job job(*problem);
   if (job.rows == 0 || job.heads == 0) return;
   if (job.heads * job.rows * problem->keys * (problem->depth + problem->value_depth) < kAloneProducts) workers = 1;
-  if (job.rows <= kDirectRows) {
-    const int64_t chunks = job.chunks(), size = job.rows * job.partial_floats();
-    if (chunks == 1) {
-      share(job.heads, workers, up(problem->depth, 16) + kDirectKeys + size, parallel, pool, [&](int64_t i, float* scratch) {
-        const Head head(job, i);
-        head.direct(0, scratch, scratch + size);
-        head.merge(scratch);
-      });
-      return;
-    }
-    const auto partial = floats(job.heads * chunks * size);
-    share(job.heads * chunks, workers, up(problem->depth, 16) + kDirectKeys, parallel, pool, [&](int64_t i, float* scratch) {
-      Head(job, i / chunks).direct(i % chunks, partial.get() + i * size, scratch);
-    });
-    share(job.heads, workers, 0, parallel, pool,
-          [&](int64_t i, float*) { Head(job, i).merge(partial.get() + i * chunks * size); });
-    return;
-  }
+  if (job.rows <= kDirectRows) return in_place(job, workers, parallel, pool);
   const int64_t packed = job.key_floats + job.value_floats, panels = job.keys_padded / job.panel;
+  const int64_t tasks = (job.rows + kTaskRows - 1) / kTaskRows;
   const bool balanced = job.heads % workers == 0 || job.heads >= 4 * workers;
-  if (balanced || job.blocks() == 1) {  // a worker packs the heads that it computes
-    share(job.heads, workers, packed + job.scratch_floats(), parallel, pool, [&](int64_t i, float* memory) {
+  if (balanced || tasks == 1) {  // a worker packs the heads that it computes
+    share(job.heads, workers, packed + job.scratch_floats(kHeadRows), parallel, pool, [&](int64_t i, float* memory) {
       const Head head(job, i);
       float *keys = memory, *values = memory + job.key_floats;
       for (int64_t panel = 0; panel < panels; panel++) head.pack_key_panel(panel, keys);
       head.pack_value_rows(0, problem->keys, values);
-      for (int64_t block = 0; block < job.blocks(); block++) head.block(block, keys, values, memory + packed);
+      for (int64_t r = 0; r < job.rows; r += kHeadRows)
+        head.block(r, std::min(r + kHeadRows, job.rows), keys, values, memory + packed);
     });
     return;
   }
@@ -312,9 +310,9 @@ extern "C" void fxquant_attention(
     head.pack_key_panel(i % panels, keys);
     head.pack_value_rows(first, std::min(first + job.panel, problem->keys), keys + job.key_floats);
   });
-  share(job.heads * job.blocks(), workers, job.scratch_floats(), parallel, pool, [&](int64_t i, float* scratch) {
-    const int64_t head = i / job.blocks(), last = job.blocks() - 1;
+  share(job.heads * tasks, workers, job.scratch_floats(kTaskRows), parallel, pool, [&](int64_t i, float* scratch) {
+    const int64_t head = i / tasks, r = (tasks - 1 - i % tasks) * kTaskRows;  // causal: the longest first
     const float* keys = shared.get() + head * packed;
-    Head(job, head).block(last - i % job.blocks(), keys, keys + job.key_floats, scratch);  // causal: the longest first
+    Head(job, head).block(r, std::min(r + kTaskRows, job.rows), keys, keys + job.key_floats, scratch);
   });
 }

@@ -5,7 +5,8 @@
 namespace fxquant::attention {
 
 constexpr int64_t kKeyBlock = 512;   // keys between two rescalings; a block's scores of a strip of rows stay in L1
-constexpr int64_t kRowBlock = 256;    // rows of a task
+constexpr int64_t kHeadRows = 256;   // rows that take turns at a block of keys, where a worker has a head to itself
+constexpr int64_t kTaskRows = 96;    // the same where workers share the heads
 constexpr int64_t kDirectRows = 4;   // up to so many rows a key head, packing would cost more than it saves
 constexpr int64_t kDirectKeys = 256; // keys of a task there; partial results are merged in order
 
