@@ -22,7 +22,7 @@ constexpr const Kernels* kTable[] = {&kScalar, &kAvx2, &kAvx2, &kAvx512};
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kScoreStride = kKeyBlock + 16;  // rows of scores do not share one set of the first-level cache
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr int64_t kAloneProducts = 1 << 16;  // below it, waking a second thread costs more than it does
+constexpr int64_t kAloneProducts = 1 << 18;  // below it, waking a second thread costs more than it does
 
 struct Free {
   void operator()(float* p) const { std::free(p); }
@@ -128,7 +128,7 @@ struct Head {
   bool score(Strip& strip, int64_t k0, const float* keys, float* copied, Weights* beside) const;
   void mix(Strip& strip, int64_t k0, const float* values) const;
   void direct(int64_t chunk, float* partial, float* scratch) const;
-  void merge(const float* partial) const;
+  void merge(float* partial) const;
   void finish(int64_t r, const float* from, float sum) const;
 };
 
@@ -233,20 +233,20 @@ void Head::direct(int64_t chunk, float* partial, float* scratch) const {
   }
 }
 
-void Head::merge(const float* partial) const {
+// The chunks of a head, in order, into the first of them.
+void Head::merge(float* partial) const {
   const int64_t size = job.partial_floats(), stride = job.rows * size;
-  const auto sum = floats(p.value_depth);
-  for (int64_t r = 0; r < job.rows; r++) {
+  for (int64_t r = 0; r < job.rows; r++, partial += size) {
     float top = kNone, total = 0.f;
-    for (int64_t i = 0; i < job.chunks(); i++) top = std::max(top, partial[i * stride + r * size]);
-    std::fill_n(sum.get(), p.value_depth, 0.f);
+    for (int64_t i = 0; i < job.chunks(); i++) top = std::max(top, partial[i * stride]);
     for (int64_t i = 0; i < job.chunks(); i++) {
-      const float* from = partial + i * stride + r * size;
-      const float by = from[0] == kNone ? 1.f : std::exp2(from[0] - top);
+      const float* from = partial + i * stride;
+      const float by = from[0] == top || from[0] == kNone ? 1.f : std::exp2(from[0] - top);
       total += from[1] * by;
-      for (int64_t c = 0; c < p.value_depth; c++) sum[c] += from[2 + c] * by;
+      if (i > 0 || by != 1.f)
+        for (int64_t c = 2; c < size; c++) partial[c] = (i > 0 ? partial[c] : 0.f) + from[c] * by;
     }
-    finish(r, sum.get(), total);
+    finish(r, partial + 2, total);
   }
 }
 
