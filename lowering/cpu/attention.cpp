@@ -62,6 +62,7 @@ struct Job {
   }
   int64_t chunks() const { return (p.keys + kDirectKeys - 1) / kDirectKeys; }
   int64_t partial_floats() const { return p.value_depth + 2; }
+  int64_t direct_floats() const { return up(rows * p.depth, 16) + rows * kDirectKeys; }
 };
 
 // One strip of rows against one block of keys. `sums` holds the weighted values of earlier blocks.
@@ -215,22 +216,24 @@ void Head::block(int64_t from, int64_t end, const float* keys, const float* valu
 
 // The partial result of every row of a head over one chunk of keys: max, sum, weighted values.
 void Head::direct(int64_t chunk, float* partial, float* scratch) const {
-  float *scaled = scratch, *s = scratch + up(p.depth, 16);
-  Weights weights;
-  const int64_t k0 = chunk * kDirectKeys;
-  for (int64_t r = 0; r < job.rows; r++, partial += job.partial_floats()) {
-    const int64_t used = std::clamp<int64_t>(job.limit(r) - k0, 0, kDirectKeys);
-    partial[0] = kNone;
-    partial[1] = 0.f;
+  const int64_t k0 = chunk * kDirectKeys, size = job.partial_floats();
+  int64_t own[kDirectRows], used = 0;
+  float top[kDirectRows], sum[kDirectRows], *scores = scratch + up(job.rows * p.depth, 16);
+  for (int64_t r = 0; r < job.rows; r++) {
+    own[r] = std::clamp<int64_t>(job.limit(r) - k0, 0, kDirectKeys);
+    used = std::max(used, own[r]);
+    top[r] = kNone, sum[r] = 0.f;
     const float* row = query(r);
-    for (int64_t c = 0; c < p.depth; c++) scaled[c] = row[c] * job.factor;
-    if (used > 0) kernel.dot_rows(scaled, k + k0 * p.k_stride[2], p.k_stride[2], used, p.depth, s);
-    add_mask(r, k0, used, s);
-    weights.scores = s, weights.ld = kDirectKeys, weights.rows = 1;
-    kernel.start_weights(weights, &used, used, partial, partial + 1);
-    kernel.finish_weights(weights, partial + 1);
-    kernel.mix_rows(s, v + k0 * p.v_stride[2], p.v_stride[2], used, p.value_depth, partial + 2);
+    for (int64_t c = 0; c < p.depth; c++) scratch[r * p.depth + c] = row[c] * job.factor;
   }
+  kernel.dot_rows(scratch, job.rows, k + k0 * p.k_stride[2], p.k_stride[2], used, p.depth, scores, kDirectKeys);
+  for (int64_t r = 0; r < job.rows; r++) add_mask(r, k0, own[r], scores + r * kDirectKeys);
+  Weights weights;
+  weights.scores = scores, weights.ld = kDirectKeys, weights.rows = job.rows;
+  kernel.start_weights(weights, own, used, top, sum);
+  kernel.finish_weights(weights, sum);
+  kernel.mix_rows(scores, kDirectKeys, job.rows, v + k0 * p.v_stride[2], p.v_stride[2], used, p.value_depth, partial + 2, size);
+  for (int64_t r = 0; r < job.rows; r++) partial[r * size] = top[r], partial[r * size + 1] = sum[r];
 }
 
 // The chunks of a head, in order, into the first of them.
@@ -269,10 +272,16 @@ void share(int64_t count, int64_t workers, int64_t scratch, fxquant_parallel par
 
 // Few rows: chunks of keys are read where they are, and whoever finishes the last chunk of a head merges them in order.
 void in_place(const Job& job, int64_t workers, fxquant_parallel parallel, void* pool) {
-  const int64_t chunks = job.chunks(), size = job.rows * job.partial_floats();
+  const int64_t chunks = job.chunks(), size = job.rows * job.partial_floats(), own = job.direct_floats();
+  if (chunks == 1)
+    return share(job.heads, workers, own + size, parallel, pool, [&](int64_t i, float* scratch) {
+      const Head head(job, i);
+      head.direct(0, scratch + own, scratch);
+      head.merge(scratch + own);
+    });
   const auto partial = floats(job.heads * chunks * size);
   const auto done = std::make_unique<std::atomic<int64_t>[]>(job.heads);
-  share(job.heads * chunks, workers, up(job.p.depth, 16) + kDirectKeys, parallel, pool, [&](int64_t i, float* scratch) {
+  share(job.heads * chunks, workers, own, parallel, pool, [&](int64_t i, float* scratch) {
     const Head head(job, i / chunks);
     head.direct(i % chunks, partial.get() + i * size, scratch);
     if (done[i / chunks].fetch_add(1, std::memory_order_acq_rel) == chunks - 1)

@@ -89,39 +89,53 @@ void pack_values(const float* v, int64_t ld, int64_t rows, int64_t depth, float*
   }
 }
 
-// scores[j] = sum_c q[c] k[j][c], four keys at a time: scores has room for a multiple of four.
+// scores[j] = sum_c q[c] k[j][c] for eight rows of keys.
 template <typename V>
-void dot_rows(const float* q, const float* k, int64_t ld, int64_t rows, int64_t depth, float* scores) {
+void dot_eight(const float* q, const float* const* k, int64_t depth, float* scores) {
   constexpr int64_t L = V::kLanes;
-  for (int64_t j = 0; j < rows; j += 4) {
-    const float* row[4];
-    for (int64_t r = 0; r < 4; r++) row[r] = k + std::min(j + r, rows - 1) * ld;
-    V a = V::set1(0.f), b = a, c = a, d = a;
-    int64_t i = 0;
-    for (; i + L <= depth; i += L) {
-      const V x = V::load(q + i);
-      a = V::fma(x, V::load(row[0] + i), a), b = V::fma(x, V::load(row[1] + i), b);
-      c = V::fma(x, V::load(row[2] + i), c), d = V::fma(x, V::load(row[3] + i), d);
-    }
-    if (i < depth) {
-      const int64_t left = depth - i;
-      const V x = V::load_part(q + i, left);
-      a = V::fma(x, V::load_part(row[0] + i, left), a), b = V::fma(x, V::load_part(row[1] + i, left), b);
-      c = V::fma(x, V::load_part(row[2] + i, left), c), d = V::fma(x, V::load_part(row[3] + i, left), d);
-    }
-    V::sum4(a, b, c, d, scores + j);
+  V a = V::set1(0.f), b = a, c = a, d = a, e = a, f = a, g = a, h = a;
+  int64_t i = 0;
+  for (; i + L <= depth; i += L) {
+    const V x = V::load(q + i);
+    a = V::fma(x, V::load(k[0] + i), a), b = V::fma(x, V::load(k[1] + i), b);
+    c = V::fma(x, V::load(k[2] + i), c), d = V::fma(x, V::load(k[3] + i), d);
+    e = V::fma(x, V::load(k[4] + i), e), f = V::fma(x, V::load(k[5] + i), f);
+    g = V::fma(x, V::load(k[6] + i), g), h = V::fma(x, V::load(k[7] + i), h);
+  }
+  if (i < depth) {
+    const int64_t left = depth - i;
+    const V x = V::load_part(q + i, left);
+    a = V::fma(x, V::load_part(k[0] + i, left), a), b = V::fma(x, V::load_part(k[1] + i, left), b);
+    c = V::fma(x, V::load_part(k[2] + i, left), c), d = V::fma(x, V::load_part(k[3] + i, left), d);
+    e = V::fma(x, V::load_part(k[4] + i, left), e), f = V::fma(x, V::load_part(k[5] + i, left), f);
+    g = V::fma(x, V::load_part(k[6] + i, left), g), h = V::fma(x, V::load_part(k[7] + i, left), h);
+  }
+  V::sum4(a, b, c, d, scores), V::sum4(e, f, g, h, scores + 4);
+}
+
+// scores[r][j] = sum_c q[r][c] k[j][c]. Eight keys serve all rows while they are in the first-level cache; a row of scores
+// has room for a multiple of eight.
+template <typename V>
+void dot_rows(const float* q, int64_t rows, const float* k, int64_t ld, int64_t keys, int64_t depth, float* scores,
+              int64_t lds) {
+  for (int64_t j = 0; j < keys; j += 8) {
+    const float* row[8];
+    for (int64_t i = 0; i < 8; i++) row[i] = k + std::min(j + i, keys - 1) * ld;
+    for (int64_t r = 0; r < rows; r++) dot_eight<V>(q + r * depth, row, depth, scores + r * lds + j);
   }
 }
 
-// out[c] = sum_j p[j] v[j][c]; eight sums at once hide the latency of one.
+// out[c] += sum_j p[j] v[j][c]; eight sums at once hide the latency of one.
 template <typename V>
-void mix_rows(const float* p, const float* v, int64_t ld, int64_t rows, int64_t depth, float* out) {
+void mix_row(const float* p, const float* v, int64_t ld, int64_t keys, int64_t depth, float* out) {
   constexpr int64_t L = V::kLanes;
+  const V zero = V::set1(0.f);
   int64_t c = 0;
   for (; c + 4 * L <= depth; c += 4 * L) {
-    V a = V::set1(0.f), b = a, d = a, e = a, f = a, g = a, h = a, i = a;
+    V a = V::load(out + c), b = V::load(out + c + L), d = V::load(out + c + 2 * L), e = V::load(out + c + 3 * L);
+    V f = zero, g = zero, h = zero, i = zero;
     int64_t j = 0;
-    for (; j + 2 <= rows; j += 2) {
+    for (; j + 2 <= keys; j += 2) {
       const float *even = v + j * ld + c, *odd = even + ld;
       const V s = V::set1(p[j]), t = V::set1(p[j + 1]);
       a = V::fma(s, V::load(even), a), b = V::fma(s, V::load(even + L), b);
@@ -129,7 +143,7 @@ void mix_rows(const float* p, const float* v, int64_t ld, int64_t rows, int64_t 
       f = V::fma(t, V::load(odd), f), g = V::fma(t, V::load(odd + L), g);
       h = V::fma(t, V::load(odd + 2 * L), h), i = V::fma(t, V::load(odd + 3 * L), i);
     }
-    if (j < rows) {
+    if (j < keys) {
       const float* last = v + j * ld + c;
       const V s = V::set1(p[j]);
       a = V::fma(s, V::load(last), a), b = V::fma(s, V::load(last + L), b);
@@ -140,15 +154,27 @@ void mix_rows(const float* p, const float* v, int64_t ld, int64_t rows, int64_t 
   }
   for (; c < depth; c += L) {
     const int64_t left = std::min(L, depth - c);
-    V a = V::set1(0.f), b = a;
+    V a = V::load_part(out + c, left), b = zero;
     int64_t j = 0;
-    for (; j + 2 <= rows; j += 2) {
+    for (; j + 2 <= keys; j += 2) {
       a = V::fma(V::set1(p[j]), V::load_part(v + j * ld + c, left), a);
       b = V::fma(V::set1(p[j + 1]), V::load_part(v + (j + 1) * ld + c, left), b);
     }
-    if (j < rows) a = V::fma(V::set1(p[j]), V::load_part(v + j * ld + c, left), a);
+    if (j < keys) a = V::fma(V::set1(p[j]), V::load_part(v + j * ld + c, left), a);
     V::store_part(out + c, V::add(a, b), left);
   }
+}
+
+// out[r][c] = sum_j p[r][j] v[j][c]. Sixteen keys serve all rows: values a page apart share few sets of the first-level
+// cache.
+template <typename V>
+void mix_rows(const float* p, int64_t ldp, int64_t rows, const float* v, int64_t ld, int64_t keys, int64_t depth,
+              float* out, int64_t ldo) {
+  for (int64_t r = 0; r < rows; r++) std::fill_n(out + r * ldo, depth, 0.f);
+  const int64_t step = rows == 1 ? keys : 16;
+  for (int64_t j = 0; j < keys; j += step)
+    for (int64_t r = 0; r < rows; r++)
+      mix_row<V>(p + r * ldp + j, v + j * ld, ld, std::min(step, keys - j), depth, out + r * ldo);
 }
 
 }  // namespace fxquant::attention

@@ -36,8 +36,10 @@ struct Kernels {
   void (*hide)(float* s, const uint8_t* mask, int64_t step, int64_t count);
   void (*pack_keys)(const float* k, int64_t ld, int64_t rows, int64_t depth, float factor, float* to);
   void (*pack_values)(const float* v, int64_t ld, int64_t rows, int64_t depth, float* to, int64_t panel);
-  void (*dot_rows)(const float* q, const float* k, int64_t ld, int64_t rows, int64_t depth, float* scores);
-  void (*mix_rows)(const float* p, const float* v, int64_t ld, int64_t rows, int64_t depth, float* out);
+  void (*dot_rows)(const float* q, int64_t rows, const float* k, int64_t ld, int64_t keys, int64_t depth, float* scores,
+                   int64_t lds);
+  void (*mix_rows)(const float* p, int64_t ldp, int64_t rows, const float* v, int64_t ld, int64_t keys, int64_t depth,
+                   float* out, int64_t ldo);
 };
 
 extern const Kernels kScalar, kAvx2, kAvx512;
