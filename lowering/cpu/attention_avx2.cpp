@@ -46,10 +46,12 @@ struct Ymm {
 };
 
 FXQUANT_PRODUCT(1) FXQUANT_PRODUCT(2) FXQUANT_PRODUCT(3) FXQUANT_PRODUCT(4) FXQUANT_PRODUCT(5) FXQUANT_PRODUCT(6)
-constexpr ProductFn kProducts[] = {product_1<Ymm>, product_2<Ymm>, product_3<Ymm>, product_4<Ymm>, product_5<Ymm>, product_6<Ymm>};
+constexpr ProductFn kProducts[] = {
+    product_1<Ymm>, product_2<Ymm>, product_3<Ymm>, product_4<Ymm>, product_5<Ymm>, product_6<Ymm>,
+};
 
 }  // namespace
 
-const Kernels kAvx2 = {8, 6, kProducts, start_weights<Ymm>, finish_weights<Ymm>, add_mask<Ymm>, hide<Ymm>, pack_keys<Ymm>, pack_values<Ymm>, dot_rows<Ymm>, mix_rows<Ymm>};
+const Kernels kAvx2 = kernels<Ymm>(6, kProducts);
 
 }  // namespace fxquant::attention

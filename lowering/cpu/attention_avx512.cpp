@@ -49,11 +49,13 @@ struct Zmm {
 
 FXQUANT_PRODUCT(1) FXQUANT_PRODUCT(2) FXQUANT_PRODUCT(3) FXQUANT_PRODUCT(4) FXQUANT_PRODUCT(5) FXQUANT_PRODUCT(6)
 FXQUANT_PRODUCT(7) FXQUANT_PRODUCT(8) FXQUANT_PRODUCT(9) FXQUANT_PRODUCT(10) FXQUANT_PRODUCT(11) FXQUANT_PRODUCT(12)
-constexpr ProductFn kProducts[] = {product_1<Zmm>, product_2<Zmm>, product_3<Zmm>, product_4<Zmm>,  product_5<Zmm>,  product_6<Zmm>,
-                                   product_7<Zmm>, product_8<Zmm>, product_9<Zmm>, product_10<Zmm>, product_11<Zmm>, product_12<Zmm>};
+constexpr ProductFn kProducts[] = {
+    product_1<Zmm>, product_2<Zmm>, product_3<Zmm>, product_4<Zmm>, product_5<Zmm>, product_6<Zmm>,
+    product_7<Zmm>, product_8<Zmm>, product_9<Zmm>, product_10<Zmm>, product_11<Zmm>, product_12<Zmm>,
+};
 
 }  // namespace
 
-const Kernels kAvx512 = {16, 12, kProducts, start_weights<Zmm>, finish_weights<Zmm>, add_mask<Zmm>, hide<Zmm>, pack_keys<Zmm>, pack_values<Zmm>, dot_rows<Zmm>, mix_rows<Zmm>};
+const Kernels kAvx512 = kernels<Zmm>(12, kProducts);
 
 }  // namespace fxquant::attention

@@ -36,30 +36,30 @@ namespace fxquant::attention {
 #define FXQUANT_MAC1(r) a##r = V::fma(V::set1(x[r * ldx + i]), w0, a##r);
 #define FXQUANT_SCALE1(r) a##r = V::mul(V::set1(by[r]), a##r);
 #define FXQUANT_STORE1(r) V::store(y + r * ldy, a##r);
-#define FXQUANT_PRODUCT(R)                                                                                             \
-  template <typename V>                                                                                                \
-  void product_##R(const float* x, int64_t ldx, const float* from, int64_t panel, int64_t columns, int64_t count,      \
-                   float* y, int64_t ldy, bool first, const float* by, Weights* beside) {                                               \
-    constexpr int64_t L = V::kLanes;                                                                                   \
-    for (; columns > L; columns -= 2 * L, from += panel, y += 2 * L) {                                                 \
-      const float* w = from;                                                                                           \
-      FXQUANT_ROWS_##R(FXQUANT_DECLARE2) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START2) }                              \
-      _Pragma("GCC unroll 4") for (int64_t i = 0; i < count; i++, w += 2 * L) {                                        \
-        const V w0 = V::load(w), w1 = V::load(w + L);                                                                  \
-        FXQUANT_ROWS_##R(FXQUANT_MAC2)                                                                                 \
-      }                                                                                                                \
-      if (by != nullptr) { FXQUANT_ROWS_##R(FXQUANT_SCALE2) }                                                          \
-      FXQUANT_ROWS_##R(FXQUANT_STORE2)                                                                                 \
-      if (beside != nullptr) weigh_panel<V>(*beside);                                                                  \
-    }                                                                                                                  \
-    if (columns <= 0) return;                                                                                          \
-    FXQUANT_ROWS_##R(FXQUANT_DECLARE1) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START1) }                                \
-    _Pragma("GCC unroll 4") for (int64_t i = 0; i < count; i++, from += 2 * L) {                                       \
-      const V w0 = V::load(from);                                                                                      \
-      FXQUANT_ROWS_##R(FXQUANT_MAC1)                                                                                   \
-    }                                                                                                                  \
-    if (by != nullptr) { FXQUANT_ROWS_##R(FXQUANT_SCALE1) }                                                            \
-    FXQUANT_ROWS_##R(FXQUANT_STORE1)                                                                                   \
+#define FXQUANT_PRODUCT(R)                                                                                           \
+  template <typename V>                                                                                              \
+  void product_##R(const float* x, int64_t ldx, const float* from, int64_t panel, int64_t columns, int64_t count,    \
+                   float* y, int64_t ldy, bool first, const float* by, Weights* beside) {                            \
+    constexpr int64_t L = V::kLanes;                                                                                 \
+    for (; columns > L; columns -= 2 * L, from += panel, y += 2 * L) {                                               \
+      const float* w = from;                                                                                         \
+      FXQUANT_ROWS_##R(FXQUANT_DECLARE2) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START2) }                            \
+      _Pragma("GCC unroll 4") for (int64_t i = 0; i < count; i++, w += 2 * L) {                                      \
+        const V w0 = V::load(w), w1 = V::load(w + L);                                                                \
+        FXQUANT_ROWS_##R(FXQUANT_MAC2)                                                                               \
+      }                                                                                                              \
+      if (by != nullptr) { FXQUANT_ROWS_##R(FXQUANT_SCALE2) }                                                        \
+      FXQUANT_ROWS_##R(FXQUANT_STORE2)                                                                               \
+      if (beside != nullptr) weigh_panel<V>(*beside);                                                                \
+    }                                                                                                                \
+    if (columns <= 0) return;                                                                                        \
+    FXQUANT_ROWS_##R(FXQUANT_DECLARE1) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START1) }                              \
+    _Pragma("GCC unroll 4") for (int64_t i = 0; i < count; i++, from += 2 * L) {                                     \
+      const V w0 = V::load(from);                                                                                    \
+      FXQUANT_ROWS_##R(FXQUANT_MAC1)                                                                                 \
+    }                                                                                                                \
+    if (by != nullptr) { FXQUANT_ROWS_##R(FXQUANT_SCALE1) }                                                          \
+    FXQUANT_ROWS_##R(FXQUANT_STORE1)                                                                                 \
   }
 
 // Rows of `depth` values, times `factor` -> [depth][panel] with one column a row; missing rows are 0.
@@ -175,6 +175,12 @@ void mix_rows(const float* p, int64_t ldp, int64_t rows, const float* v, int64_t
   for (int64_t j = 0; j < keys; j += step)
     for (int64_t r = 0; r < rows; r++)
       mix_row<V>(p + r * ldp + j, v + j * ld, ld, std::min(step, keys - j), depth, out + r * ldo);
+}
+
+template <typename V>
+constexpr Kernels kernels(int64_t rows, const ProductFn* product) {
+  return {V::kLanes,    rows,           product,     start_weights<V>, finish_weights<V>, add_mask<V>, hide<V>,
+          pack_keys<V>, pack_values<V>, dot_rows<V>, mix_rows<V>};
 }
 
 }  // namespace fxquant::attention

@@ -54,10 +54,12 @@ struct Plain {
 };
 
 FXQUANT_PRODUCT(1) FXQUANT_PRODUCT(2) FXQUANT_PRODUCT(3) FXQUANT_PRODUCT(4)
-constexpr ProductFn kProducts[] = {product_1<Plain>, product_2<Plain>, product_3<Plain>, product_4<Plain>};
+constexpr ProductFn kProducts[] = {
+    product_1<Plain>, product_2<Plain>, product_3<Plain>, product_4<Plain>,
+};
 
 }  // namespace
 
-const Kernels kScalar = {8, 4, kProducts, start_weights<Plain>, finish_weights<Plain>, add_mask<Plain>, hide<Plain>, pack_keys<Plain>, pack_values<Plain>, dot_rows<Plain>, mix_rows<Plain>};
+const Kernels kScalar = kernels<Plain>(4, kProducts);
 
 }  // namespace fxquant::attention

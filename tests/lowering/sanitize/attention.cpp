@@ -52,8 +52,8 @@ void shape(Run& run, const Shape& s, int variant) {
   p.mask_stride[3] = variant == kTurned ? s.n : 1;
   p.mask = variant == kBool ? static_cast<const void*>(seen.data()) : variant == kKeysOnly ? keys.data() : nullptr;
   if (variant >= kFloat) p.mask = added.data();
-  const std::string label = "variant " + std::to_string(variant) + " " + std::to_string(s.heads) + "/" + std::to_string(s.kv_heads) +
-                            " " + std::to_string(s.n) + "x" + std::to_string(s.m) + "x" + std::to_string(s.d) + "x" + std::to_string(s.e);
+  std::string label = "variant " + std::to_string(variant);
+  for (const int64_t size : {s.heads, s.kv_heads, s.n, s.m, s.d, s.e}) label += " " + std::to_string(size);
   for (const int64_t workers : {1, 2}) {
     fxquant_attention(&p, workers, run_bodies, nullptr);
     run.close(label, out, 2e-5);
