@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cfloat>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -22,8 +21,8 @@ namespace {
 constexpr const Kernels* kTable[] = {&kScalar, &kAvx2, &kAvx2, &kAvx512};
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kScoreStride = kKeyBlock + 16;  // rows of scores do not share one set of the first-level cache
-constexpr int64_t kMostRows = 12;
-constexpr int64_t kAloneProducts = 1 << 16;  // below it, waking a second thread costs more than it does
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr int64_t kAloneProducts = 1 << 18;  // below it, waking a second thread costs more than it does
 
 struct Free {
   void operator()(float* p) const { std::free(p); }
@@ -50,165 +49,207 @@ struct Job {
         groups(p.heads / p.kv_heads),
         rows(groups * p.queries),
         heads(p.batch * p.kv_heads),
-        panel(kernel.panel),
+        panel(2 * kernel.lanes),
         keys_padded(up(p.keys, panel)),
         values_padded(up(p.value_depth, panel)),
         key_floats(keys_padded * p.depth),
         value_floats(values_padded * p.keys),
         factor(static_cast<float>(static_cast<double>(p.scale) * kLog2E)) {}
 
-  // Row r of key head `head`: the query rows of all the query heads that read it, one head after the other.
-  int64_t batch_of(int64_t head) const { return head / p.kv_heads; }
-  int64_t head_of(int64_t head, int64_t r) const { return head % p.kv_heads * groups + r / p.queries; }
-  const float* key(int64_t head, int64_t j) const {
-    return p.k + batch_of(head) * p.k_stride[0] + head % p.kv_heads * p.k_stride[1] + j * p.k_stride[2];
-  }
-  const float* value(int64_t head, int64_t j) const {
-    return p.v + batch_of(head) * p.v_stride[0] + head % p.kv_heads * p.v_stride[1] + j * p.v_stride[2];
-  }
-  float* output(int64_t head, int64_t r) const {
-    return p.out + batch_of(head) * p.out_stride[0] + head_of(head, r) * p.out_stride[1] +
-           r % p.queries * p.out_stride[2];
-  }
   int64_t limit(int64_t r) const { return p.causal ? std::min(r % p.queries + 1, p.keys) : p.keys; }
-
-  void scaled_query(int64_t head, int64_t r, float* to) const {
-    const float* q = p.q + batch_of(head) * p.q_stride[0] + head_of(head, r) * p.q_stride[1] +
-                     r % p.queries * p.q_stride[2];
-    for (int64_t c = 0; c < p.depth; c++) to[c] = q[c] * factor;
+  int64_t scratch_floats(int64_t block) const {
+    return std::min(block, rows) * (values_padded + 2) + kMostRows * (p.depth + 2 * kScoreStride);
   }
-
-  // s[j] += log2(e) mask[j]. A finite mask stays finite, so that a row of the lowest float is uniform, not empty.
-  void add_mask(int64_t head, int64_t r, int64_t first, int64_t count, float* s) const {
-    if (p.mask_kind == FXQUANT_MASK_NONE) return;
-    const int64_t step = p.mask_stride[3];
-    const int64_t offset = batch_of(head) * p.mask_stride[0] + head_of(head, r) * p.mask_stride[1] +
-                           r % p.queries * p.mask_stride[2] + first * step;
-    if (p.mask_kind == FXQUANT_MASK_BOOL) {
-      const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + offset;
-      for (int64_t j = 0; j < count; j++) s[j] += mask[j * step] ? 0.f : -std::numeric_limits<float>::infinity();
-      return;
-    }
-    const float* mask = static_cast<const float*>(p.mask) + offset;
-    const auto add = [](float score, float m) {
-      const float base2 = m * static_cast<float>(kLog2E);
-      return score + (m >= -FLT_MAX && base2 < -FLT_MAX ? -FLT_MAX : base2);
-    };
-    if (step == 1)
-      for (int64_t j = 0; j < count; j++) s[j] = add(s[j], mask[j]);
-    else
-      for (int64_t j = 0; j < count; j++) s[j] = add(s[j], mask[j * step]);
-  }
-
-  void pack_key_panel(int64_t head, int64_t i, float* to) const {
-    const int64_t j = i * panel;
-    kernel.pack_keys(key(head, j), p.k_stride[2], std::min(panel, p.keys - j), p.depth, to + j * p.depth);
-  }
-  void pack_value_rows(int64_t head, int64_t from, int64_t end, float* to) const {
-    for (int64_t c = 0; c < p.value_depth; c += panel) {
-      const int64_t width = std::min(panel, p.value_depth - c);
-      for (int64_t j = from; j < end; j++) {
-        float* row = to + c * p.keys + j * panel;
-        std::memcpy(row, value(head, j) + c, width * 4);
-        std::memset(row + width, 0, (panel - width) * 4);
-      }
-    }
-  }
-
-  int64_t blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
-  int64_t scratch_floats() const {
-    return kRowBlock * (p.depth + values_padded + 2) + kMostRows * kScoreStride;
-  }
-  void block(int64_t head, int64_t index, const float* keys, const float* values, float* scratch) const;
-  void strip(int64_t head, int64_t r0, int64_t count, int64_t k0, const float* q, const float* keys, const float* values,
-             float* out, float* top, float* sum, float* scores) const;
-
   int64_t chunks() const { return (p.keys + kDirectKeys - 1) / kDirectKeys; }
   int64_t partial_floats() const { return p.value_depth + 2; }
-  void direct(int64_t head, int64_t chunk, float* partial, float* scratch) const;
-  void merge(int64_t head, const float* partial) const;
-  void finish(int64_t head, int64_t r, const float* from, float sum) const;
+  int64_t direct_floats() const { return up(rows * p.depth, 16) + rows * kDirectKeys; }
+};
+
+// One strip of rows against one block of keys. `sums` holds the weighted values of earlier blocks.
+struct Strip {
+  int64_t r0, used;  // first row; keys of the block that some row sees
+  bool is_even, is_last, is_only;
+  float *scores, *sums, *top, *sum;
+  Weights weights;
+};
+
+// One key head and the rows that read it: the query rows of `groups` query heads, one head after the other.
+struct Head {
+  const Job& job;
+  const fxquant_attention_problem& p;
+  const Kernels& kernel;
+  int64_t batch, first;  // the first of its query heads
+  const float *q, *k, *v;
+  float* out;
+
+  Head(const Job& of, int64_t index)
+      : job(of),
+        p(of.p),
+        kernel(of.kernel),
+        batch(index / p.kv_heads),
+        first(index % p.kv_heads * of.groups),
+        q(p.q + batch * p.q_stride[0] + first * p.q_stride[1]),
+        k(p.k + batch * p.k_stride[0] + index % p.kv_heads * p.k_stride[1]),
+        v(p.v + batch * p.v_stride[0] + index % p.kv_heads * p.v_stride[1]),
+        out(p.out + batch * p.out_stride[0] + first * p.out_stride[1]) {}
+
+  int64_t offset(int64_t r, const int64_t* stride) const {
+    const int64_t g = job.groups == 1 ? 0 : r / p.queries;
+    return g * stride[1] + (r - g * p.queries) * stride[2];
+  }
+  const float* query(int64_t r) const { return q + offset(r, p.q_stride); }
+  float* output(int64_t r) const { return out + offset(r, p.out_stride); }
+  // Whether rows [r, r + count) are the same distance apart in memory, and that distance.
+  bool is_even(int64_t r, int64_t count) const {
+    return job.groups == 1 || p.queries == 1 || r % p.queries + count <= p.queries;
+  }
+  int64_t step(const int64_t* stride) const { return stride[p.queries == 1 ? 1 : 2]; }
+
+  void add_mask(int64_t r, int64_t from, int64_t count, float* s) const {
+    if (p.mask_kind == FXQUANT_MASK_NONE) return;
+    const int64_t* stride = p.mask_stride;
+    const int64_t at = batch * stride[0] + first * stride[1] + offset(r, stride) + from * stride[3];
+    if (p.mask_kind == FXQUANT_MASK_BOOL)
+      kernel.hide(s, static_cast<const uint8_t*>(p.mask) + at, stride[3], count);
+    else
+      kernel.add_mask(s, static_cast<const float*>(p.mask) + at, stride[3], count);
+  }
+
+  void pack_key_panel(int64_t i, float* to) const {
+    const int64_t j = i * job.panel;
+    kernel.pack_keys(k + j * p.k_stride[2], p.k_stride[2], std::min(job.panel, p.keys - j), p.depth, job.factor,
+                     to + j * p.depth);
+  }
+  void pack_value_rows(int64_t from, int64_t end, float* to) const {
+    kernel.pack_values(v + from * p.v_stride[2], p.v_stride[2], end - from, p.value_depth, to + from * job.panel,
+                       job.panel * p.keys);
+  }
+
+  void block(int64_t from, int64_t end, const float* keys, const float* values, float* scratch) const;
+  bool score(Strip& strip, int64_t k0, const float* keys, float* copied, Weights* beside) const;
+  void mix(Strip& strip, int64_t k0, const float* values) const;
+  void direct(int64_t chunk, float* partial, float* scratch) const;
+  void merge(float* partial) const;
+  void finish(int64_t r, const float* from, float sum) const;
 };
 
 // A row whose keys are all masked away has sum 0 and output 0.
-void Job::finish(int64_t head, int64_t r, const float* from, float sum) const {
-  float* to = output(head, r);
-  const float by = sum == 0.f ? 0.f : 1.f / sum;
+float inverse(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
+
+void Head::finish(int64_t r, const float* from, float sum) const {
+  float* to = output(r);
+  const float by = inverse(sum);
   for (int64_t c = 0; c < p.value_depth; c++) to[c] = from[c] * by;
 }
 
-// One strip of rows against one block of keys.
-void Job::strip(int64_t head, int64_t r0, int64_t count, int64_t k0, const float* q, const float* keys,
-                const float* values, float* out, float* top, float* sum, float* scores) const {
-  int64_t seen = 0;
-  for (int64_t r = 0; r < count; r++) seen = std::max(seen, limit(r0 + r));
-  const int64_t used = std::min(seen - k0, kKeyBlock);
-  if (used <= 0) return;
-  for (int64_t j = 0; j < used; j += panel)
-    (used - j > panel / 2 ? kernel.wide : kernel.narrow)[count - 1](
-        q, p.depth, keys + (k0 + j) * p.depth, panel, p.depth, scores + j, kScoreStride, true);
-  for (int64_t r = 0; r < count; r++) {
-    float* s = scores + r * kScoreStride;
-    const int64_t own = std::clamp<int64_t>(limit(r0 + r) - k0, 0, used);
-    add_mask(head, r0 + r, k0, own, s);
-    const float factor = kernel.softmax(s, own, up(used, panel), top + r, sum + r);
-    if (k0 > 0 && factor != 1.f)
-      for (int64_t c = 0; c < values_padded; c++) out[r * values_padded + c] *= factor;
+// Scores of a strip, while the weights of the strip before it are computed. False: its rows see none of the keys.
+bool Head::score(Strip& strip, int64_t k0, const float* keys, float* copied, Weights* beside) const {
+  Weights& w = strip.weights;
+  int64_t own[kMostRows], seen = 0;
+  for (int64_t r = 0; r < w.rows; r++) seen = std::max(seen, own[r] = job.limit(strip.r0 + r));
+  strip.used = std::min(seen - k0, kKeyBlock);
+  if (strip.used <= 0) return false;
+  strip.is_even = is_even(strip.r0, w.rows);
+  strip.is_last = seen <= k0 + kKeyBlock;
+  strip.is_only = strip.is_last && k0 == 0;
+  const float* rows = query(strip.r0);
+  if (!strip.is_even) {
+    for (int64_t r = 0; r < w.rows; r++) std::memcpy(copied + r * p.depth, query(strip.r0 + r), p.depth * 4);
+    rows = copied;
   }
-  for (int64_t c = 0; c < p.value_depth; c += panel)
-    (p.value_depth - c > panel / 2 ? kernel.wide : kernel.narrow)[count - 1](
-        scores, kScoreStride, values + c * p.keys + k0 * panel, panel, used, out + c, values_padded, k0 == 0);
+  w.scores = strip.scores, w.ld = kScoreStride;
+  kernel.product[w.rows - 1](rows, strip.is_even ? step(p.q_stride) : p.depth, keys + k0 * p.depth, job.panel * p.depth,
+                             strip.used, p.depth, strip.scores, kScoreStride, true, nullptr, beside);
+  for (int64_t r = 0; r < w.rows; r++) {
+    own[r] = std::clamp<int64_t>(own[r] - k0, 0, strip.used);
+    add_mask(strip.r0 + r, k0, own[r], strip.scores + r * kScoreStride);
+  }
+  kernel.start_weights(w, own, strip.used, strip.top, strip.sum);
+  return true;
 }
 
-void Job::block(int64_t head, int64_t index, const float* keys, const float* values, float* scratch) const {
-  float *q = scratch, *out = q + kRowBlock * p.depth, *top = out + kRowBlock * values_padded, *sum = top + kRowBlock;
-  float* scores = sum + kRowBlock;
-  const int64_t first = index * kRowBlock, count = std::min(kRowBlock, rows - first);
-  for (int64_t r = 0; r < count; r++) {
-    scaled_query(head, first + r, q + r * p.depth);
-    top[r] = -std::numeric_limits<float>::infinity();
-    sum[r] = 0.f;
+// Weighted values of a strip; rows of one block go straight to their place.
+void Head::mix(Strip& strip, int64_t k0, const float* values) const {
+  const Weights& w = strip.weights;
+  kernel.finish_weights(strip.weights, strip.sum);
+  const int64_t panel = job.panel, width = job.values_padded;
+  const ProductFn product = kernel.product[w.rows - 1];
+  if (strip.is_only && strip.is_even && p.value_depth % kernel.lanes == 0) {
+    float by[kMostRows];
+    for (int64_t r = 0; r < w.rows; r++) by[r] = inverse(strip.sum[r]);
+    product(strip.scores, kScoreStride, values, panel * p.keys, p.value_depth, strip.used, output(strip.r0),
+            step(p.out_stride), true, by, nullptr);
+    return;
   }
-  for (int64_t k0 = 0; k0 < p.keys; k0 += kKeyBlock)
-    for (int64_t r = 0; r < count;) {
-      const int64_t left = count - r, most = kernel.rows;
-      const int64_t height = left >= 2 * most ? most : left > most ? (left + 1) / 2 : left;
-      strip(head, first + r, height, k0, q + r * p.depth, keys, values, out + r * values_padded, top + r, sum + r, scores);
-      r += height;
+  for (int64_t r = 0; r < w.rows && k0 > 0; r++)
+    if (w.factor[r] != 1.f)
+      for (int64_t c = 0; c < width; c++) strip.sums[r * width + c] *= w.factor[r];
+  product(strip.scores, kScoreStride, values + k0 * panel, panel * p.keys, p.value_depth, strip.used, strip.sums, width,
+          k0 == 0, nullptr, nullptr);
+  for (int64_t r = 0; r < w.rows && strip.is_last; r++) finish(strip.r0 + r, strip.sums + r * width, strip.sum[r]);
+}
+
+void Head::block(int64_t from, int64_t end, const float* keys, const float* values, float* scratch) const {
+  const int64_t count = end - from, strips = (count + kernel.rows - 1) / kernel.rows, width = job.values_padded;
+  float *sums = scratch, *top = sums + count * width, *sum = top + count, *copied = sum + count;
+  float* scores = copied + kMostRows * p.depth;
+  std::fill_n(top, count, kNone);
+  std::fill_n(sum, count, 0.f);
+  Strip slots[2];
+  for (int64_t k0 = 0; k0 < p.keys; k0 += kKeyBlock) {
+    Strip* waiting = nullptr;
+    for (int64_t i = 0; i <= strips; i++) {
+      Strip& strip = slots[i % 2];
+      bool is_there = false;
+      if (i < strips) {  // of about the same height: a strip of one or two rows wastes the multipliers
+        const int64_t r = i * count / strips;
+        strip.r0 = from + r, strip.weights.rows = (i + 1) * count / strips - r;
+        strip.scores = scores + i % 2 * kMostRows * kScoreStride;
+        strip.sums = sums + r * width, strip.top = top + r, strip.sum = sum + r;
+        is_there = score(strip, k0, keys, copied, waiting == nullptr ? nullptr : &waiting->weights);
+      }
+      if (waiting != nullptr) mix(*waiting, k0, values);
+      waiting = is_there ? &strip : nullptr;
     }
-  for (int64_t r = 0; r < count; r++) finish(head, first + r, out + r * values_padded, sum[r]);
+  }
 }
 
 // The partial result of every row of a head over one chunk of keys: max, sum, weighted values.
-void Job::direct(int64_t head, int64_t chunk, float* partial, float* scratch) const {
-  float *q = scratch, *s = scratch + up(p.depth, 16);
-  const int64_t k0 = chunk * kDirectKeys;
-  for (int64_t r = 0; r < rows; r++, partial += partial_floats()) {
-    const int64_t used = std::clamp<int64_t>(limit(r) - k0, 0, kDirectKeys);
-    partial[0] = -std::numeric_limits<float>::infinity();
-    partial[1] = 0.f;
-    scaled_query(head, r, q);
-    if (used > 0) kernel.dot_rows(q, key(head, k0), p.k_stride[2], used, p.depth, s);
-    add_mask(head, r, k0, used, s);
-    kernel.softmax(s, used, up(used, panel), partial, partial + 1);
-    kernel.mix_rows(s, value(head, k0), p.v_stride[2], used, p.value_depth, partial + 2);
+void Head::direct(int64_t chunk, float* partial, float* scratch) const {
+  const int64_t k0 = chunk * kDirectKeys, size = job.partial_floats();
+  int64_t own[kDirectRows], used = 0;
+  float top[kDirectRows], sum[kDirectRows], *scores = scratch + up(job.rows * p.depth, 16);
+  for (int64_t r = 0; r < job.rows; r++) {
+    own[r] = std::clamp<int64_t>(job.limit(r) - k0, 0, kDirectKeys);
+    used = std::max(used, own[r]);
+    top[r] = kNone, sum[r] = 0.f;
+    const float* row = query(r);
+    for (int64_t c = 0; c < p.depth; c++) scratch[r * p.depth + c] = row[c] * job.factor;
   }
+  kernel.dot_rows(scratch, job.rows, k + k0 * p.k_stride[2], p.k_stride[2], used, p.depth, scores, kDirectKeys);
+  for (int64_t r = 0; r < job.rows; r++) add_mask(r, k0, own[r], scores + r * kDirectKeys);
+  Weights weights;
+  weights.scores = scores, weights.ld = kDirectKeys, weights.rows = job.rows;
+  kernel.start_weights(weights, own, used, top, sum);
+  kernel.finish_weights(weights, sum);
+  kernel.mix_rows(scores, kDirectKeys, job.rows, v + k0 * p.v_stride[2], p.v_stride[2], used, p.value_depth, partial + 2, size);
+  for (int64_t r = 0; r < job.rows; r++) partial[r * size] = top[r], partial[r * size + 1] = sum[r];
 }
 
-void Job::merge(int64_t head, const float* partial) const {
-  const int64_t size = partial_floats(), stride = rows * size;
-  const auto sum = floats(p.value_depth);
-  for (int64_t r = 0; r < rows; r++) {
-    float top = -std::numeric_limits<float>::infinity(), total = 0.f;
-    for (int64_t i = 0; i < chunks(); i++) top = std::max(top, partial[i * stride + r * size]);
-    std::fill_n(sum.get(), p.value_depth, 0.f);
-    for (int64_t i = 0; i < chunks(); i++) {
-      const float* from = partial + i * stride + r * size;
-      const float by = from[0] == -std::numeric_limits<float>::infinity() ? 1.f : std::exp2(from[0] - top);
+// The chunks of a head, in order, into the first of them.
+void Head::merge(float* partial) const {
+  const int64_t size = job.partial_floats(), stride = job.rows * size;
+  for (int64_t r = 0; r < job.rows; r++, partial += size) {
+    float top = kNone, total = 0.f;
+    for (int64_t i = 0; i < job.chunks(); i++) top = std::max(top, partial[i * stride]);
+    for (int64_t i = 0; i < job.chunks(); i++) {
+      const float* from = partial + i * stride;
+      const float by = from[0] == top || from[0] == kNone ? 1.f : std::exp2(from[0] - top);
       total += from[1] * by;
-      for (int64_t c = 0; c < p.value_depth; c++) sum[c] += from[2 + c] * by;
+      if (i > 0 || by != 1.f)
+        for (int64_t c = 2; c < size; c++) partial[c] = (i > 0 ? partial[c] : 0.f) + from[c] * by;
     }
-    finish(head, r, sum.get(), total);
+    finish(r, partial + 2, total);
   }
 }
 
@@ -229,6 +270,25 @@ void share(int64_t count, int64_t workers, int64_t scratch, fxquant_parallel par
   parallel(pool, std::min(workers, count), body, &context);
 }
 
+// Few rows: chunks of keys are read where they are, and whoever finishes the last chunk of a head merges them in order.
+void in_place(const Job& job, int64_t workers, fxquant_parallel parallel, void* pool) {
+  const int64_t chunks = job.chunks(), size = job.rows * job.partial_floats(), own = job.direct_floats();
+  if (chunks == 1)
+    return share(job.heads, workers, own + size, parallel, pool, [&](int64_t i, float* scratch) {
+      const Head head(job, i);
+      head.direct(0, scratch + own, scratch);
+      head.merge(scratch + own);
+    });
+  const auto partial = floats(job.heads * chunks * size);
+  const auto done = std::make_unique<std::atomic<int64_t>[]>(job.heads);
+  share(job.heads * chunks, workers, own, parallel, pool, [&](int64_t i, float* scratch) {
+    const Head head(job, i / chunks);
+    head.direct(i % chunks, partial.get() + i * size, scratch);
+    if (done[i / chunks].fetch_add(1, std::memory_order_acq_rel) == chunks - 1)
+      head.merge(partial.get() + i / chunks * chunks * size);
+  });
+}
+
 }  // namespace
 
 extern "C" void fxquant_attention(
@@ -236,44 +296,32 @@ extern "C" void fxquant_attention(
   const Job job(*problem);
   if (job.rows == 0 || job.heads == 0) return;
   if (job.heads * job.rows * problem->keys * (problem->depth + problem->value_depth) < kAloneProducts) workers = 1;
-  if (job.rows <= kDirectRows) {
-    const int64_t chunks = job.chunks(), size = job.rows * job.partial_floats();
-    if (chunks == 1) {
-      share(job.heads, workers, up(problem->depth, 16) + kDirectKeys + size, parallel, pool, [&](int64_t i, float* scratch) {
-        job.direct(i, 0, scratch, scratch + size);
-        job.merge(i, scratch);
-      });
-      return;
-    }
-    const auto partial = floats(job.heads * chunks * size);
-    share(job.heads * chunks, workers, up(problem->depth, 16) + kDirectKeys, parallel, pool, [&](int64_t i, float* scratch) {
-      job.direct(i / chunks, i % chunks, partial.get() + i * size, scratch);
-    });
-    share(job.heads, workers, 0, parallel, pool,
-          [&](int64_t i, float*) { job.merge(i, partial.get() + i * chunks * size); });
-    return;
-  }
+  if (job.rows <= kDirectRows) return in_place(job, workers, parallel, pool);
   const int64_t packed = job.key_floats + job.value_floats, panels = job.keys_padded / job.panel;
+  const int64_t tasks = (job.rows + kTaskRows - 1) / kTaskRows;
   const bool balanced = job.heads % workers == 0 || job.heads >= 4 * workers;
-  if (balanced || job.blocks() == 1) {  // a worker packs the heads that it computes
-    share(job.heads, workers, packed + job.scratch_floats(), parallel, pool, [&](int64_t head, float* memory) {
+  if (balanced || tasks == 1) {  // a worker packs the heads that it computes
+    share(job.heads, workers, packed + job.scratch_floats(kHeadRows), parallel, pool, [&](int64_t i, float* memory) {
+      const Head head(job, i);
       float *keys = memory, *values = memory + job.key_floats;
-      for (int64_t i = 0; i < panels; i++) job.pack_key_panel(head, i, keys);
-      job.pack_value_rows(head, 0, problem->keys, values);
-      for (int64_t i = 0; i < job.blocks(); i++) job.block(head, i, keys, values, memory + packed);
+      for (int64_t panel = 0; panel < panels; panel++) head.pack_key_panel(panel, keys);
+      head.pack_value_rows(0, problem->keys, values);
+      for (int64_t r = 0; r < job.rows; r += kHeadRows)
+        head.block(r, std::min(r + kHeadRows, job.rows), keys, values, memory + packed);
     });
     return;
   }
   const auto shared = floats(job.heads * packed);
   share(job.heads * panels, workers, 0, parallel, pool, [&](int64_t i, float*) {
-    const int64_t head = i / panels, first = i % panels * job.panel;
-    float* keys = shared.get() + head * packed;
-    job.pack_key_panel(head, i % panels, keys);
-    job.pack_value_rows(head, first, std::min(first + job.panel, problem->keys), keys + job.key_floats);
+    const Head head(job, i / panels);
+    const int64_t first = i % panels * job.panel;
+    float* keys = shared.get() + i / panels * packed;
+    head.pack_key_panel(i % panels, keys);
+    head.pack_value_rows(first, std::min(first + job.panel, problem->keys), keys + job.key_floats);
   });
-  share(job.heads * job.blocks(), workers, job.scratch_floats(), parallel, pool, [&](int64_t i, float* scratch) {
-    const int64_t head = i / job.blocks(), last = job.blocks() - 1;
+  share(job.heads * tasks, workers, job.scratch_floats(kTaskRows), parallel, pool, [&](int64_t i, float* scratch) {
+    const int64_t head = i / tasks, r = (tasks - 1 - i % tasks) * kTaskRows;  // causal: the longest first
     const float* keys = shared.get() + head * packed;
-    job.block(head, last - i % job.blocks(), keys, keys + job.key_floats, scratch);  // causal: the longest first
+    Head(job, head).block(r, std::min(r + kTaskRows, job.rows), keys, keys + job.key_floats, scratch);
   });
 }

@@ -22,17 +22,36 @@ struct Ymm {
   static Ymm mul(Ymm a, Ymm b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static Ymm max(Ymm a, Ymm b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Ymm fma(Ymm a, Ymm b, Ymm c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-  static Ymm exponent(Ymm n) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n.v), 23))}; }
+  static Ymm eighths(Ymm n) {
+    const __m256i bits = _mm256_castps_si256(n.v), table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kEighths));
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(table, bits), _mm256_slli_epi32(bits, 20)))};
+  }
+  static float front(Ymm a) { return _mm256_cvtss_f32(a.v); }
+  static Ymm first_or(Ymm a, int64_t n, Ymm b) { return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(first(n)))}; }
+  static Ymm highest(Ymm a) { return {attention::highest(a.v)}; }
+  static float sum(Ymm a) { return attention::sum(a.v); }
+  static Ymm hidden(Ymm m) {
+    const __m256 none = _mm256_set1_ps(kHidden);
+    return {_mm256_and_ps(_mm256_cmp_ps(m.v, none, _CMP_EQ_OQ), none)};
+  }
+  static Ymm hidden(const uint8_t* m) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(m)));
+    const __m256i is_hidden = _mm256_cmpeq_epi32(bytes, _mm256_setzero_si256());
+    return {_mm256_and_ps(_mm256_castsi256_ps(is_hidden), _mm256_set1_ps(kHidden))};
+  }
   static void sum4(Ymm a, Ymm b, Ymm c, Ymm d, float* to) { attention::sum4(a.v, b.v, c.v, d.v, to); }
-  static void transpose(const float* a, int64_t ld, float* to, int64_t ldt) { transpose8(a, ld, to, ldt); }
+  static void transpose(const float* a, int64_t ld, float factor, float* to, int64_t ldt) {
+    transpose8(a, ld, factor, to, ldt);
+  }
 };
 
-FXQUANT_TILE(1) FXQUANT_TILE(2) FXQUANT_TILE(3) FXQUANT_TILE(4) FXQUANT_TILE(5) FXQUANT_TILE(6)
-constexpr TileFn kWide[] = {wide_1<Ymm>, wide_2<Ymm>, wide_3<Ymm>, wide_4<Ymm>, wide_5<Ymm>, wide_6<Ymm>};
-constexpr TileFn kNarrow[] = {narrow_1<Ymm>, narrow_2<Ymm>, narrow_3<Ymm>, narrow_4<Ymm>, narrow_5<Ymm>, narrow_6<Ymm>};
+FXQUANT_PRODUCT(1) FXQUANT_PRODUCT(2) FXQUANT_PRODUCT(3) FXQUANT_PRODUCT(4) FXQUANT_PRODUCT(5) FXQUANT_PRODUCT(6)
+constexpr ProductFn kProducts[] = {
+    product_1<Ymm>, product_2<Ymm>, product_3<Ymm>, product_4<Ymm>, product_5<Ymm>, product_6<Ymm>,
+};
 
 }  // namespace
 
-const Kernels kAvx2 = {16, 6, kWide, kNarrow, softmax<Ymm>, pack_keys<Ymm>, dot_rows<Ymm>, mix_rows<Ymm>};
+const Kernels kAvx2 = kernels<Ymm>(6, kProducts);
 
 }  // namespace fxquant::attention

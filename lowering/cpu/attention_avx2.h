@@ -1,4 +1,4 @@
-// An 8 x 8 transpose and sums over lanes on 256-bit vectors, shared by the AVX2 and AVX-512 paths.
+// An 8 x 8 transpose, sums and maxima over lanes on 256-bit vectors, shared by the AVX2 and AVX-512 paths.
 #pragma once
 #include "simd.h"
 
@@ -6,9 +6,9 @@
 
 namespace fxquant::attention {
 
-inline void transpose8(const float* a, int64_t ld, float* to, int64_t ldt) {
+inline void transpose8(const float* a, int64_t ld, float factor, float* to, int64_t ldt) {
   __m256 r[8], t[8];
-  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(a + i * ld);
+  for (int i = 0; i < 8; i++) r[i] = _mm256_mul_ps(_mm256_loadu_ps(a + i * ld), _mm256_set1_ps(factor));
   for (int i = 0; i < 4; i++) {
     t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
@@ -23,6 +23,20 @@ inline void transpose8(const float* a, int64_t ld, float* to, int64_t ldt) {
     _mm256_storeu_ps(to + i * ldt, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
     _mm256_storeu_ps(to + (i + 4) * ldt, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
+}
+
+inline __m256 swapped_halves(__m256 a) { return _mm256_permute2f128_ps(a, a, 1); }
+
+inline __m256 highest(__m256 a) {
+  a = _mm256_max_ps(a, swapped_halves(a));
+  a = _mm256_max_ps(a, _mm256_permute_ps(a, 0x4e));
+  return _mm256_max_ps(a, _mm256_permute_ps(a, 0xb1));
+}
+
+inline float sum(__m256 a) {
+  a = _mm256_add_ps(a, swapped_halves(a));
+  a = _mm256_add_ps(a, _mm256_permute_ps(a, 0x4e));
+  return _mm256_cvtss_f32(_mm256_add_ps(a, _mm256_permute_ps(a, 0xb1)));
 }
 
 inline void sum4(__m256 a, __m256 b, __m256 c, __m256 d, float* to) {

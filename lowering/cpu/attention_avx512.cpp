@@ -20,21 +20,42 @@ struct Zmm {
   static Zmm mul(Zmm a, Zmm b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static Zmm max(Zmm a, Zmm b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Zmm fma(Zmm a, Zmm b, Zmm c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-  static Zmm exponent(Zmm n) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(n.v), 23))}; }
-  static __m256 halves(Zmm a) { return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)); }
+  static Zmm eighths(Zmm n) {
+    const __m512i bits = _mm512_castps_si512(n.v), table = _mm512_load_si512(kEighths);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(bits, table), _mm512_slli_epi32(bits, 20)))};
+  }
+  static __m256 high_half(Zmm a) { return _mm512_extractf32x8_ps(a.v, 1); }
+  static __m256 halves(Zmm a) { return _mm256_add_ps(_mm512_castps512_ps256(a.v), high_half(a)); }
+  static float front(Zmm a) { return _mm512_cvtss_f32(a.v); }
+  static Zmm first_or(Zmm a, int64_t n, Zmm b) { return {_mm512_mask_mov_ps(b.v, first(n), a.v)}; }
+  static Zmm highest(Zmm a) {
+    const __m256 high = attention::highest(_mm256_max_ps(_mm512_castps512_ps256(a.v), high_half(a)));
+    return {_mm512_broadcast_f32x8(high)};
+  }
+  static float sum(Zmm a) { return attention::sum(halves(a)); }
+  static Zmm hidden(Zmm m) {
+    const __m512 none = _mm512_set1_ps(kHidden);
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(m.v, none, _CMP_EQ_OQ), none)};
+  }
+  static Zmm hidden(const uint8_t* m) {
+    const __mmask16 is_hidden = _mm_testn_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(m)), _mm_set1_epi8(-1));
+    return {_mm512_maskz_mov_ps(is_hidden, _mm512_set1_ps(kHidden))};
+  }
   static void sum4(Zmm a, Zmm b, Zmm c, Zmm d, float* to) { attention::sum4(halves(a), halves(b), halves(c), halves(d), to); }
-  static void transpose(const float* a, int64_t ld, float* to, int64_t ldt) { transpose8(a, ld, to, ldt); }
+  static void transpose(const float* a, int64_t ld, float factor, float* to, int64_t ldt) {
+    transpose8(a, ld, factor, to, ldt);
+  }
 };
 
-FXQUANT_TILE(1) FXQUANT_TILE(2) FXQUANT_TILE(3) FXQUANT_TILE(4) FXQUANT_TILE(5) FXQUANT_TILE(6)
-FXQUANT_TILE(7) FXQUANT_TILE(8) FXQUANT_TILE(9) FXQUANT_TILE(10) FXQUANT_TILE(11) FXQUANT_TILE(12)
-constexpr TileFn kWide[] = {wide_1<Zmm>, wide_2<Zmm>, wide_3<Zmm>, wide_4<Zmm>,  wide_5<Zmm>,  wide_6<Zmm>,
-                            wide_7<Zmm>, wide_8<Zmm>, wide_9<Zmm>, wide_10<Zmm>, wide_11<Zmm>, wide_12<Zmm>};
-constexpr TileFn kNarrow[] = {narrow_1<Zmm>, narrow_2<Zmm>, narrow_3<Zmm>, narrow_4<Zmm>,  narrow_5<Zmm>,  narrow_6<Zmm>,
-                              narrow_7<Zmm>, narrow_8<Zmm>, narrow_9<Zmm>, narrow_10<Zmm>, narrow_11<Zmm>, narrow_12<Zmm>};
+FXQUANT_PRODUCT(1) FXQUANT_PRODUCT(2) FXQUANT_PRODUCT(3) FXQUANT_PRODUCT(4) FXQUANT_PRODUCT(5) FXQUANT_PRODUCT(6)
+FXQUANT_PRODUCT(7) FXQUANT_PRODUCT(8) FXQUANT_PRODUCT(9) FXQUANT_PRODUCT(10) FXQUANT_PRODUCT(11) FXQUANT_PRODUCT(12)
+constexpr ProductFn kProducts[] = {
+    product_1<Zmm>, product_2<Zmm>, product_3<Zmm>, product_4<Zmm>, product_5<Zmm>, product_6<Zmm>,
+    product_7<Zmm>, product_8<Zmm>, product_9<Zmm>, product_10<Zmm>, product_11<Zmm>, product_12<Zmm>,
+};
 
 }  // namespace
 
-const Kernels kAvx512 = {32, 12, kWide, kNarrow, softmax<Zmm>, pack_keys<Zmm>, dot_rows<Zmm>, mix_rows<Zmm>};
+const Kernels kAvx512 = kernels<Zmm>(12, kProducts);
 
 }  // namespace fxquant::attention

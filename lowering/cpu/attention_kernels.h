@@ -1,36 +1,23 @@
 // The float attention kernels as templates over a vector type; each instruction set's file instantiates them.
 //
 // A vector type has kLanes, load, store, load_part, store_part (the first n lanes), set1, add, sub, mul, max (the second
-// operand where one is NaN), fma, exponent (low bits to the exponent field) sum4 (of the lanes of four
-// vectors) and transpose (a kBlock x kBlock square).
+// operand where one is NaN), fma, eighths (2^(n/8 - 127) of the low bits n), front (the first lane), first_or (the first n
+// lanes, the others of another vector), highest (of all lanes, in every lane), sum (of all lanes), hidden (minus infinity
+// where a float is minus infinity or a byte is 0, else 0), sum4 (of the lanes of four vectors) and transpose (a kBlock x
+// kBlock square, times a factor).
 #pragma once
+#include "attention_softmax.h"
 #include "attention_table.h"
 #include "rows.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
 namespace fxquant::attention {
 
-// 2^t for t <= 0; at most 2.1 ulp off (polynomial 9.2e-8 relative, weighted to be exact at 0), exactly 0 below 2^-126.5.
-// Adding the magic number rounds t to an integer n and leaves n + 127 in the low bits, ready to become an exponent.
-template <typename V>
-inline V exp2(V t) {
-  const V magic = V::set1(12582912.f + 127.f);
-  t = V::max(V::set1(-127.f), t);  // NaN stays
-  const V n = V::add(t, magic);
-  const V f = V::sub(t, V::sub(n, magic));
-  V p = V::fma(V::set1(0x1.5bba14p-10f), f, V::set1(0x1.3cea88p-7f));
-  p = V::fma(p, f, V::set1(0x1.c6b752p-5f));
-  p = V::fma(p, f, V::set1(0x1.ebf9bcp-3f));
-  p = V::fma(p, f, V::set1(0x1.62e42ap-1f));
-  p = V::fma(p, f, V::set1(1.f));
-  return V::mul(p, V::exponent(n));
-}
-
-// y[r][0..W) (+)= sum_i x[r][i] w[i][0..W) for R rows, W = 2 vectors or 1.
+// y[r][0..columns) (+)= sum_i x[r][i] w[i][0..columns) for R rows, times by[r] where by is given. w stands in panels of two
+// vectors of columns, `panel` floats apart; y has room for whole vectors. Unrolled: short loops end as predicted. After each
+// panel one panel of another strip is weighed, so that its long chains of additions run beside the multiplications.
 #define FXQUANT_DECLARE2(r) V a##r = V::set1(0.f), b##r = a##r;
 #define FXQUANT_START2(r) a##r = V::load(y + r * ldy), b##r = V::load(y + r * ldy + V::kLanes);
 #define FXQUANT_MAC2(r)                      \
@@ -38,110 +25,117 @@ inline V exp2(V t) {
     const V s = V::set1(x[r * ldx + i]);     \
     a##r = V::fma(s, w0, a##r), b##r = V::fma(s, w1, b##r); \
   }
+#define FXQUANT_SCALE2(r)              \
+  {                                    \
+    const V s = V::set1(by[r]);        \
+    a##r = V::mul(s, a##r), b##r = V::mul(s, b##r); \
+  }
 #define FXQUANT_STORE2(r) V::store(y + r * ldy, a##r), V::store(y + r * ldy + V::kLanes, b##r);
 #define FXQUANT_DECLARE1(r) V a##r = V::set1(0.f);
 #define FXQUANT_START1(r) a##r = V::load(y + r * ldy);
 #define FXQUANT_MAC1(r) a##r = V::fma(V::set1(x[r * ldx + i]), w0, a##r);
+#define FXQUANT_SCALE1(r) a##r = V::mul(V::set1(by[r]), a##r);
 #define FXQUANT_STORE1(r) V::store(y + r * ldy, a##r);
-#define FXQUANT_TILE(R)                                                                                        \
-  template <typename V>                                                                                        \
-  void wide_##R(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t count, float* y, int64_t ldy, \
-                bool first) {                                                                                  \
-    FXQUANT_ROWS_##R(FXQUANT_DECLARE2) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START2) }                        \
-    for (int64_t i = 0; i < count; i++, w += ldw) {                                                            \
-      const V w0 = V::load(w), w1 = V::load(w + V::kLanes);                                                    \
-      FXQUANT_ROWS_##R(FXQUANT_MAC2)                                                                           \
-    }                                                                                                          \
-    FXQUANT_ROWS_##R(FXQUANT_STORE2)                                                                           \
-  }                                                                                                            \
-  template <typename V>                                                                                        \
-  void narrow_##R(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t count, float* y,           \
-                  int64_t ldy, bool first) {                                                                   \
-    FXQUANT_ROWS_##R(FXQUANT_DECLARE1) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START1) }                        \
-    for (int64_t i = 0; i < count; i++, w += ldw) {                                                            \
-      const V w0 = V::load(w);                                                                                 \
-      FXQUANT_ROWS_##R(FXQUANT_MAC1)                                                                           \
-    }                                                                                                          \
-    FXQUANT_ROWS_##R(FXQUANT_STORE1)                                                                           \
+#define FXQUANT_PRODUCT(R)                                                                                           \
+  template <typename V>                                                                                              \
+  void product_##R(const float* x, int64_t ldx, const float* from, int64_t panel, int64_t columns, int64_t count,    \
+                   float* y, int64_t ldy, bool first, const float* by, Weights* beside) {                            \
+    constexpr int64_t L = V::kLanes;                                                                                 \
+    for (; columns > L; columns -= 2 * L, from += panel, y += 2 * L) {                                               \
+      const float* w = from;                                                                                         \
+      FXQUANT_ROWS_##R(FXQUANT_DECLARE2) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START2) }                            \
+      _Pragma("GCC unroll 4") for (int64_t i = 0; i < count; i++, w += 2 * L) {                                      \
+        const V w0 = V::load(w), w1 = V::load(w + L);                                                                \
+        FXQUANT_ROWS_##R(FXQUANT_MAC2)                                                                               \
+      }                                                                                                              \
+      if (by != nullptr) { FXQUANT_ROWS_##R(FXQUANT_SCALE2) }                                                        \
+      FXQUANT_ROWS_##R(FXQUANT_STORE2)                                                                               \
+      if (beside != nullptr) weigh_panel<V>(*beside);                                                                \
+    }                                                                                                                \
+    if (columns <= 0) return;                                                                                        \
+    FXQUANT_ROWS_##R(FXQUANT_DECLARE1) if (!first) { FXQUANT_ROWS_##R(FXQUANT_START1) }                              \
+    _Pragma("GCC unroll 4") for (int64_t i = 0; i < count; i++, from += 2 * L) {                                     \
+      const V w0 = V::load(from);                                                                                    \
+      FXQUANT_ROWS_##R(FXQUANT_MAC1)                                                                                 \
+    }                                                                                                                \
+    if (by != nullptr) { FXQUANT_ROWS_##R(FXQUANT_SCALE1) }                                                          \
+    FXQUANT_ROWS_##R(FXQUANT_STORE1)                                                                                 \
   }
 
-// One row of scores becomes weights: s -> 2^(s - max). Returns what the earlier sum and output must be scaled by.
+// Rows of `depth` values, times `factor` -> [depth][panel] with one column a row; missing rows are 0.
 template <typename V>
-float softmax(float* s, int64_t count, int64_t padded, float* top, float* sum) {
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
-  constexpr int64_t L = V::kLanes;
-  std::fill(s + count, s + padded, kNone);
-  V high0 = V::set1(kNone), high1 = high0;
-  for (int64_t j = 0; j < padded; j += 2 * L) {
-    high0 = V::max(high0, V::load(s + j));
-    high1 = V::max(high1, V::load(s + j + L));
-  }
-  alignas(64) float lanes[L];
-  V::store(lanes, V::max(high0, high1));
-  const float highest = std::max(*top, *std::max_element(lanes, lanes + L));
-  const float shift = highest == kNone ? 0.f : highest;  // a row with every key masked so far has weights 0
-  const V by = V::set1(shift);
-  V sum0 = V::set1(0.f), sum1 = sum0;
-  for (int64_t j = 0; j < padded; j += 2 * L) {
-    const V e0 = exp2(V::sub(V::load(s + j), by)), e1 = exp2(V::sub(V::load(s + j + L), by));
-    V::store(s + j, e0), V::store(s + j + L, e1);
-    sum0 = V::add(sum0, e0), sum1 = V::add(sum1, e1);
-  }
-  V::store(lanes, V::add(sum0, sum1));
-  float total = 0.f;
-  for (float lane : lanes) total += lane;
-  const float factor = *top == kNone ? 0.f : std::exp2(*top - shift);
-  *top = highest;
-  *sum = *sum * factor + total;
-  return factor;
-}
-
-// Rows of `depth` values -> [depth][panel] with one column a row; missing rows are 0.
-template <typename V>
-void pack_keys(const float* k, int64_t ld, int64_t rows, int64_t depth, float* to) {
+void pack_keys(const float* k, int64_t ld, int64_t rows, int64_t depth, float factor, float* to) {
   constexpr int64_t P = 2 * V::kLanes, B = V::kBlock;
   for (int64_t j = 0; j < P; j += B) {
     int64_t c = 0;
     if (j + B <= rows)
-      for (; c + B <= depth; c += B) V::transpose(k + j * ld + c, ld, to + c * P + j, P);
+      for (; c + B <= depth; c += B) V::transpose(k + j * ld + c, ld, factor, to + c * P + j, P);
     for (; c < depth; c++)
-      for (int64_t i = j; i < j + B; i++) to[c * P + i] = i < rows ? k[i * ld + c] : 0.f;
+      for (int64_t i = j; i < j + B; i++) to[c * P + i] = i < rows ? k[i * ld + c] * factor : 0.f;
   }
 }
 
-// scores[j] = sum_c q[c] k[j][c], four keys at a time: scores has room for a multiple of four.
+// Rows of `depth` values -> panels [rows][two vectors] of columns, `panel` floats apart; missing columns are 0.
 template <typename V>
-void dot_rows(const float* q, const float* k, int64_t ld, int64_t rows, int64_t depth, float* scores) {
+void pack_values(const float* v, int64_t ld, int64_t rows, int64_t depth, float* to, int64_t panel) {
   constexpr int64_t L = V::kLanes;
-  for (int64_t j = 0; j < rows; j += 4) {
-    const float* row[4];
-    for (int64_t r = 0; r < 4; r++) row[r] = k + std::min(j + r, rows - 1) * ld;
-    V a = V::set1(0.f), b = a, c = a, d = a;
-    int64_t i = 0;
-    for (; i + L <= depth; i += L) {
-      const V x = V::load(q + i);
-      a = V::fma(x, V::load(row[0] + i), a), b = V::fma(x, V::load(row[1] + i), b);
-      c = V::fma(x, V::load(row[2] + i), c), d = V::fma(x, V::load(row[3] + i), d);
-    }
-    if (i < depth) {
-      const int64_t left = depth - i;
-      const V x = V::load_part(q + i, left);
-      a = V::fma(x, V::load_part(row[0] + i, left), a), b = V::fma(x, V::load_part(row[1] + i, left), b);
-      c = V::fma(x, V::load_part(row[2] + i, left), c), d = V::fma(x, V::load_part(row[3] + i, left), d);
-    }
-    V::sum4(a, b, c, d, scores + j);
+  for (int64_t j = 0; j < rows; j++, v += ld, to += 2 * L) {
+    int64_t c = 0;
+    float* at = to;
+    for (; c + 2 * L <= depth; c += 2 * L, at += panel) V::store(at, V::load(v + c)), V::store(at + L, V::load(v + c + L));
+    if (c == depth) continue;
+    const int64_t left = depth - c, low = std::min(left, L);
+    V::store(at, V::load_part(v + c, low)), V::store(at + L, V::load_part(v + c + low, left - low));
   }
 }
 
-// out[c] = sum_j p[j] v[j][c]; eight sums at once hide the latency of one.
+// scores[j] = sum_c q[c] k[j][c] for eight rows of keys.
 template <typename V>
-void mix_rows(const float* p, const float* v, int64_t ld, int64_t rows, int64_t depth, float* out) {
+void dot_eight(const float* q, const float* const* k, int64_t depth, float* scores) {
   constexpr int64_t L = V::kLanes;
+  V a = V::set1(0.f), b = a, c = a, d = a, e = a, f = a, g = a, h = a;
+  int64_t i = 0;
+  for (; i + L <= depth; i += L) {
+    const V x = V::load(q + i);
+    a = V::fma(x, V::load(k[0] + i), a), b = V::fma(x, V::load(k[1] + i), b);
+    c = V::fma(x, V::load(k[2] + i), c), d = V::fma(x, V::load(k[3] + i), d);
+    e = V::fma(x, V::load(k[4] + i), e), f = V::fma(x, V::load(k[5] + i), f);
+    g = V::fma(x, V::load(k[6] + i), g), h = V::fma(x, V::load(k[7] + i), h);
+  }
+  if (i < depth) {
+    const int64_t left = depth - i;
+    const V x = V::load_part(q + i, left);
+    a = V::fma(x, V::load_part(k[0] + i, left), a), b = V::fma(x, V::load_part(k[1] + i, left), b);
+    c = V::fma(x, V::load_part(k[2] + i, left), c), d = V::fma(x, V::load_part(k[3] + i, left), d);
+    e = V::fma(x, V::load_part(k[4] + i, left), e), f = V::fma(x, V::load_part(k[5] + i, left), f);
+    g = V::fma(x, V::load_part(k[6] + i, left), g), h = V::fma(x, V::load_part(k[7] + i, left), h);
+  }
+  V::sum4(a, b, c, d, scores), V::sum4(e, f, g, h, scores + 4);
+}
+
+// scores[r][j] = sum_c q[r][c] k[j][c]. Eight keys serve all rows while they are in the first-level cache; a row of scores
+// has room for a multiple of eight.
+template <typename V>
+void dot_rows(const float* q, int64_t rows, const float* k, int64_t ld, int64_t keys, int64_t depth, float* scores,
+              int64_t lds) {
+  for (int64_t j = 0; j < keys; j += 8) {
+    const float* row[8];
+    for (int64_t i = 0; i < 8; i++) row[i] = k + std::min(j + i, keys - 1) * ld;
+    for (int64_t r = 0; r < rows; r++) dot_eight<V>(q + r * depth, row, depth, scores + r * lds + j);
+  }
+}
+
+// out[c] += sum_j p[j] v[j][c]; eight sums at once hide the latency of one.
+template <typename V>
+void mix_row(const float* p, const float* v, int64_t ld, int64_t keys, int64_t depth, float* out) {
+  constexpr int64_t L = V::kLanes;
+  const V zero = V::set1(0.f);
   int64_t c = 0;
   for (; c + 4 * L <= depth; c += 4 * L) {
-    V a = V::set1(0.f), b = a, d = a, e = a, f = a, g = a, h = a, i = a;
+    V a = V::load(out + c), b = V::load(out + c + L), d = V::load(out + c + 2 * L), e = V::load(out + c + 3 * L);
+    V f = zero, g = zero, h = zero, i = zero;
     int64_t j = 0;
-    for (; j + 2 <= rows; j += 2) {
+    for (; j + 2 <= keys; j += 2) {
       const float *even = v + j * ld + c, *odd = even + ld;
       const V s = V::set1(p[j]), t = V::set1(p[j + 1]);
       a = V::fma(s, V::load(even), a), b = V::fma(s, V::load(even + L), b);
@@ -149,7 +143,7 @@ void mix_rows(const float* p, const float* v, int64_t ld, int64_t rows, int64_t 
       f = V::fma(t, V::load(odd), f), g = V::fma(t, V::load(odd + L), g);
       h = V::fma(t, V::load(odd + 2 * L), h), i = V::fma(t, V::load(odd + 3 * L), i);
     }
-    if (j < rows) {
+    if (j < keys) {
       const float* last = v + j * ld + c;
       const V s = V::set1(p[j]);
       a = V::fma(s, V::load(last), a), b = V::fma(s, V::load(last + L), b);
@@ -160,15 +154,33 @@ void mix_rows(const float* p, const float* v, int64_t ld, int64_t rows, int64_t 
   }
   for (; c < depth; c += L) {
     const int64_t left = std::min(L, depth - c);
-    V a = V::set1(0.f), b = a;
+    V a = V::load_part(out + c, left), b = zero;
     int64_t j = 0;
-    for (; j + 2 <= rows; j += 2) {
+    for (; j + 2 <= keys; j += 2) {
       a = V::fma(V::set1(p[j]), V::load_part(v + j * ld + c, left), a);
       b = V::fma(V::set1(p[j + 1]), V::load_part(v + (j + 1) * ld + c, left), b);
     }
-    if (j < rows) a = V::fma(V::set1(p[j]), V::load_part(v + j * ld + c, left), a);
+    if (j < keys) a = V::fma(V::set1(p[j]), V::load_part(v + j * ld + c, left), a);
     V::store_part(out + c, V::add(a, b), left);
   }
+}
+
+// out[r][c] = sum_j p[r][j] v[j][c]. Sixteen keys serve all rows: values a page apart share few sets of the first-level
+// cache.
+template <typename V>
+void mix_rows(const float* p, int64_t ldp, int64_t rows, const float* v, int64_t ld, int64_t keys, int64_t depth,
+              float* out, int64_t ldo) {
+  for (int64_t r = 0; r < rows; r++) std::fill_n(out + r * ldo, depth, 0.f);
+  const int64_t step = rows == 1 ? keys : 16;
+  for (int64_t j = 0; j < keys; j += step)
+    for (int64_t r = 0; r < rows; r++)
+      mix_row<V>(p + r * ldp + j, v + j * ld, ld, std::min(step, keys - j), depth, out + r * ldo);
+}
+
+template <typename V>
+constexpr Kernels kernels(int64_t rows, const ProductFn* product) {
+  return {V::kLanes,    rows,           product,     start_weights<V>, finish_weights<V>, add_mask<V>, hide<V>,
+          pack_keys<V>, pack_values<V>, dot_rows<V>, mix_rows<V>};
 }
 
 }  // namespace fxquant::attention

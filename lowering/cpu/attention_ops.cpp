@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <vector>
 
 using namespace fxquant;
 
@@ -36,6 +35,16 @@ void set_mask(fxquant_attention_problem& p, const Tensor& mask, bool wide) {
                     mask.size(d), " entries, 1 or ", sizes[axis], " are needed");
     p.mask_stride[axis] = mask.size(d) == 1 ? 0 : mask.stride(d);
   }
+}
+
+// [B, H, N, e] in memory of [B, N, H, e]: as the next linear reads it. One call: attention over few keys takes no longer.
+Tensor heads_side_by_side(const fxquant_attention_problem& p) {
+  const int64_t sizes[] = {p.batch, p.heads, p.queries, p.value_depth}, row = p.heads * p.value_depth;
+  const int64_t strides[] = {p.queries * row, p.value_depth, row, 1};
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, aoti_torch_dtype_float32(),
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 void parallel(void*, int64_t workers, void (*body)(void*), void* context) {
@@ -68,10 +77,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, st
   p.causal = causal;
   p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.depth)));
   if (mask) set_mask(p, *mask, wide);
-  std::vector<int64_t> sizes{p.batch, p.queries, p.value_depth};
-  if (wide) sizes.insert(sizes.begin() + 2, p.heads);
-  Tensor out = torch::stable::new_empty(q, sizes);  // [B, N, H, e]: heads side by side, as the next linear reads them
-  if (wide) out = torch::stable::transpose(out, 1, 2);
+  const Tensor out = wide ? heads_side_by_side(p) : torch::stable::new_empty(q, {p.batch, p.queries, p.value_depth});
   strides_of(out, p.out_stride);
   p.out = static_cast<float*>(out.data_ptr());
   fxquant_attention(&p, std::max<int64_t>(1, torch::stable::get_num_threads()), parallel, nullptr);

@@ -24,16 +24,22 @@ struct Plain {
   static Plain mul(Plain a, Plain b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
   static Plain max(Plain a, Plain b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
   static Plain fma(Plain a, Plain b, Plain c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-  static Plain exponent(Plain n) {
+  static Plain eighths(Plain n) {
     return each([&](int i) {
       uint32_t bits;
       std::memcpy(&bits, &n.v[i], 4);
-      bits <<= 23;
+      bits = static_cast<uint32_t>(kEighths[bits % 8]) + (bits << 20);
       float r;
       std::memcpy(&r, &bits, 4);
       return r;
     });
   }
+  static float front(Plain a) { return a.v[0]; }
+  static Plain first_or(Plain a, int64_t n, Plain b) { return each([&](int i) { return i < n ? a.v[i] : b.v[i]; }); }
+  static Plain highest(Plain a) { return set1(*std::max_element(a.v, a.v + 8)); }
+  static float sum(Plain a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7])); }
+  static Plain hidden(Plain m) { return each([&](int i) { return m.v[i] == kHidden ? kHidden : 0.f; }); }
+  static Plain hidden(const uint8_t* m) { return each([&](int i) { return m[i] ? 0.f : kHidden; }); }
   static void sum4(Plain a, Plain b, Plain c, Plain d, float* to) {
     const Plain* from[] = {&a, &b, &c, &d};
     for (int r = 0; r < 4; r++) {
@@ -41,18 +47,19 @@ struct Plain {
       to[r] = ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
     }
   }
-  static void transpose(const float* a, int64_t ld, float* to, int64_t ldt) {
+  static void transpose(const float* a, int64_t ld, float factor, float* to, int64_t ldt) {
     for (int i = 0; i < 8; i++)
-      for (int j = 0; j < 8; j++) to[j * ldt + i] = a[i * ld + j];
+      for (int j = 0; j < 8; j++) to[j * ldt + i] = a[i * ld + j] * factor;
   }
 };
 
-FXQUANT_TILE(1) FXQUANT_TILE(2) FXQUANT_TILE(3) FXQUANT_TILE(4)
-constexpr TileFn kWide[] = {wide_1<Plain>, wide_2<Plain>, wide_3<Plain>, wide_4<Plain>};
-constexpr TileFn kNarrow[] = {narrow_1<Plain>, narrow_2<Plain>, narrow_3<Plain>, narrow_4<Plain>};
+FXQUANT_PRODUCT(1) FXQUANT_PRODUCT(2) FXQUANT_PRODUCT(3) FXQUANT_PRODUCT(4)
+constexpr ProductFn kProducts[] = {
+    product_1<Plain>, product_2<Plain>, product_3<Plain>, product_4<Plain>,
+};
 
 }  // namespace
 
-const Kernels kScalar = {16, 4, kWide, kNarrow, softmax<Plain>, pack_keys<Plain>, dot_rows<Plain>, mix_rows<Plain>};
+const Kernels kScalar = kernels<Plain>(4, kProducts);
 
 }  // namespace fxquant::attention

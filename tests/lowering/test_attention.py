@@ -26,7 +26,9 @@ SHAPES = {
     "decoding, one chunk": (1, 2, 2, 1, 37, 32, 32),
     "decoding, chunks merged": (2, 3, 3, 1, 1000, 64, 64),
     "decoding, grouped heads, ragged size": (2, 8, 2, 1, 300, 40, 40),
+    "decoding, many heads a key head": (2, 16, 2, 1, 300, 64, 64),
     "four rows in place": (1, 2, 2, 4, 515, 17, 17),
+    "rows in place, two query heads": (1, 4, 2, 2, 1030, 72, 56),
     "one strip": (1, 2, 2, 5, 16, 16, 16),
     "packed by the worker": (2, 4, 4, 128, 128, 32, 32),
     "ragged everywhere": (1, 4, 4, 197, 131, 33, 33),
@@ -35,6 +37,7 @@ SHAPES = {
     "shared packing, three heads, two key blocks": (1, 3, 3, 130, 700, 40, 40),
     "grouped heads": (2, 6, 2, 50, 70, 64, 64),
     "largest head": (1, 1, 1, 9, 30, 256, 256),
+    "more rows than take turns": (1, 2, 2, 300, 530, 24, 24),
     "more queries than keys": (1, 2, 2, 90, 33, 32, 32),
 }
 
