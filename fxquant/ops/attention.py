@@ -2,7 +2,8 @@
 
 ``attention_int`` codes q and k (and with ``pv_bits`` 8 also the weights and v) as ``reference.attention`` has it.
 ``attention_int_trace`` is the same call and returns beside the result what the kernel computed on its way, for tests: codes
-of q and k, their scales, and the sums of products (0 where a causal row does not see the key).
+of q and k, their scales, the sums of products and the weights (0 where a causal
+row does not see the key).
 """
 
 import torch
@@ -35,6 +36,7 @@ def _trace(
         q.new_empty(q.shape[:-1]),
         k.new_empty(k.shape[:-1]),
         q.new_empty((*q.shape[:-1], k.shape[-2]), dtype=torch.int32),
+        q.new_empty((*q.shape[:-1], k.shape[-2]), dtype=torch.uint8),
     )
 
 
@@ -42,5 +44,5 @@ _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float?
 define(f"attention({_ARGUMENTS}) -> Tensor", _attention)
 define(f"attention_int({_ARGUMENTS}, int qk_bits, int pv_bits) -> Tensor", _attention_int)
 define(
-    f"attention_int_trace({_ARGUMENTS}, int qk_bits, int pv_bits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _trace
+    f"attention_int_trace({_ARGUMENTS}, int qk_bits, int pv_bits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _trace
 )

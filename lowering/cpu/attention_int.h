@@ -9,7 +9,8 @@ extern "C" {
 typedef struct {
   int8_t *q_codes, *k_codes;   // [batch][heads][queries][depth], [batch][kv_heads][keys][depth]
   float *q_scales, *k_scales;  // one a row
-  int32_t* sums;               // [batch][heads][queries][keys]; keys that a row does not see are left as they were
+  int32_t* sums;               // [batch][heads][queries][keys]; as `weights`: keys that a row does not see are left alone
+  uint8_t* weights;            // with pv_bits, relative to the row's maximum at that key
 } fxquant_attention_trace;
 
 // As fxquant_attention, with q and k - mean(k) coded in `qk_bits` (6 or 8) bits, one scale a row, and exact integer sums.

@@ -103,11 +103,27 @@ void start_six(uint8_t* panel, int64_t words) {
 EIGHT(1) EIGHT(2) EIGHT(3) EIGHT(4) EIGHT(5) EIGHT(6)
 constexpr ScoreFn kEight[] = {eight_1, eight_2, eight_3, eight_4, eight_5, eight_6};
 
+#define STORE_MIX(r) store_mix(out + r * ldo, a##r, first), store_mix(out + r * ldo + 8, b##r, first);
+#define MIX(R)                                                                                                 \
+  void mix_##R(const uint8_t* codes, int64_t stride, const uint8_t* w, int64_t words, float* out, int64_t ldo, \
+               bool first) {                                                                                   \
+    const uint8_t *low = codes, *high = codes + 3 * stride;                                                    \
+    __m256i w0, w1;                                                                                            \
+    FXQUANT_ROWS_##R(DECLARE) FXQUANT_ROWS_##R(ZERO) for (int64_t s = words; s > 0; s--) {                     \
+      w0 = load256(w), w1 = load256(w + 32);                                                                   \
+      FXQUANT_ROWS_##R(MAC32) w += 64, low += 4, high += 4;                                                    \
+    }                                                                                                          \
+    FXQUANT_ROWS_##R(STORE_MIX)                                                                                \
+  }
+MIX(1) MIX(2) MIX(3) MIX(4) MIX(5) MIX(6)
+constexpr MixFn kMixes[] = {mix_1, mix_2, mix_3, mix_4, mix_5, mix_6};
+
 }  // namespace
 
 const IntKernels kIntAvx2 = {6,
                              {1, code_offset(6), kSegment, kSix, start_six},
                              {2, 0, 0, kEight, nullptr},
+                             {2, kMixes, weigh<2>, extents, pack_values<2>},
                              sum_keys,
                              quantize,
                              pack};

@@ -37,11 +37,31 @@ void start(uint8_t* panel, int64_t words) {
   _mm512_storeu_si512(panel, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
 }
 
+#define ZERO(r) __m512i a##r = _mm512_setzero_si512();
+#define STORE_MIX(r)                                                                       \
+  {                                                                                        \
+    const __m512 value = _mm512_cvtepi32_ps(a##r);                                         \
+    float* to = out + r * ldo;                                                             \
+    _mm512_storeu_ps(to, first ? value : _mm512_add_ps(_mm512_loadu_ps(to), value));       \
+  }
+#define MIX(R)                                                                                                     \
+  void mix_##R(const uint8_t* codes, int64_t stride, const uint8_t* panel, int64_t words, float* out, int64_t ldo, \
+               bool first) {                                                                                       \
+    FXQUANT_ROWS_##R(ZERO) for (int64_t s = 0; s < words; s++) {                                                   \
+      const __m512i w0 = _mm512_loadu_si512(panel + s * 64);                                                       \
+      FXQUANT_ROWS_##R(DOT)                                                                                        \
+    }                                                                                                              \
+    FXQUANT_ROWS_##R(STORE_MIX)                                                                                    \
+  }
+MIX(1) MIX(2) MIX(3) MIX(4) MIX(5) MIX(6) MIX(7) MIX(8) MIX(9) MIX(10) MIX(11) MIX(12)
+constexpr MixFn kMixes[] = {mix_1, mix_2, mix_3, mix_4, mix_5, mix_6, mix_7, mix_8, mix_9, mix_10, mix_11, mix_12};
+
 }  // namespace
 
 const IntKernels kIntAvx512 = {12,
                                {1, code_offset(6), 0, kTiles, start<6>},
                                {1, code_offset(8), 0, kTiles, start<8>},
+                               {1, kMixes, weigh<1>, extents, pack_values<1>},
                                sum_keys,
                                quantize,
                                pack};

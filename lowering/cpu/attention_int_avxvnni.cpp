@@ -49,11 +49,26 @@ void start(uint8_t* panel, int64_t words) {
   store256(panel + 32, _mm256_sub_epi32(_mm256_setzero_si256(), b));
 }
 
+#define ZERO(r) __m256i a##r = _mm256_setzero_si256(), b##r = a##r;
+#define STORE_MIX(r) store_mix(out + r * ldo, a##r, first), store_mix(out + r * ldo + 8, b##r, first);
+#define MIX(R)                                                                                                 \
+  void mix_##R(const uint8_t* codes, int64_t stride, const uint8_t* w, int64_t words, float* out, int64_t ldo, \
+               bool first) {                                                                                   \
+    FXQUANT_ROWS_##R(ZERO) for (int64_t s = 0; s < words; s++, w += 64) {                                      \
+      const __m256i w0 = load256(w), w1 = load256(w + 32);                                                     \
+      FXQUANT_ROWS_##R(DOT)                                                                                    \
+    }                                                                                                          \
+    FXQUANT_ROWS_##R(STORE_MIX)                                                                                \
+  }
+MIX(1) MIX(2) MIX(3) MIX(4) MIX(5) MIX(6)
+constexpr MixFn kMixes[] = {mix_1, mix_2, mix_3, mix_4, mix_5, mix_6};
+
 }  // namespace
 
 const IntKernels kIntAvxVnni = {6,
                                 {1, code_offset(6), 0, kTiles, start<6>},
                                 {1, code_offset(8), 0, kTiles, start<8>},
+                                {1, kMixes, weigh<1>, extents, pack_values<1>},
                                 sum_keys,
                                 quantize,
                                 pack};

@@ -111,7 +111,7 @@ Tensor attention_int(const Tensor& query, const Tensor& key, const Tensor& value
   return call.out;
 }
 
-using Trace = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Trace = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Trace attention_int_trace(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask,
                           bool causal, std::optional<double> scale, int64_t qk_bits, int64_t pv_bits) {
@@ -127,10 +127,11 @@ Trace attention_int_trace(const Tensor& query, const Tensor& key, const Tensor& 
   const Tensor q_scales = zeros({p.batch, p.heads, p.queries}, ScalarType::Float);
   const Tensor k_scales = zeros({p.batch, p.kv_heads, p.keys}, ScalarType::Float);
   const Tensor sums = zeros({p.batch, p.heads, p.queries, p.keys}, ScalarType::Int);
+  const Tensor weights = zeros({p.batch, p.heads, p.queries, p.keys}, ScalarType::Byte);
   const fxquant_attention_trace trace{data<int8_t>(q_codes), data<int8_t>(k_codes), data<float>(q_scales),
-                                      data<float>(k_scales), data<int32_t>(sums)};
+                                      data<float>(k_scales), data<int32_t>(sums), data<uint8_t>(weights)};
   fxquant_attention_int(&p, static_cast<int32_t>(qk_bits), static_cast<int32_t>(pv_bits), &trace, threads(), parallel, nullptr);
-  return {call.out, q_codes, k_codes, q_scales, k_scales, sums};
+  return {call.out, q_codes, k_codes, q_scales, k_scales, sums, weights};
 }
 
 }  // namespace
