@@ -157,14 +157,16 @@ inline int32_t total(__m256i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32(a, 0xb1)));
 }
 
-// rne(255 2^t) for t <= 0; the lowest int for NaN.
+// rne(255 2^t) for t <= 0; the lowest int for NaN. Half the polynomial times 2^(n + 1), so that what is added to t is even:
+// ties of n go to even numbers as they do in the scalar kernel.
 inline __m256i weights8(__m256 t) {
+  const __m256 round = _mm256_set1_ps(kRound + 128.f);
   t = _mm256_max_ps(_mm256_set1_ps(kFarBelow), t);  // NaN stays
-  const __m256 rounded = _mm256_add_ps(t, _mm256_set1_ps(kRound + 127.f));  // n + 127 in the low bits
-  const __m256 f = _mm256_sub_ps(t, _mm256_sub_ps(rounded, _mm256_set1_ps(kRound + 127.f)));
-  __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(kWeight3), f, _mm256_set1_ps(kWeight2));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kWeight1));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kWeight0));
+  const __m256 rounded = _mm256_add_ps(t, round);   // n + 1 + 127 in the low bits
+  const __m256 f = _mm256_sub_ps(t, _mm256_sub_ps(rounded, round));
+  __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(kWeight3 / 2), f, _mm256_set1_ps(kWeight2 / 2));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kWeight1 / 2));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kWeight0 / 2));
   const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
   return _mm256_cvtps_epi32(_mm256_mul_ps(p, _mm256_castsi256_ps(power)));
 }
