@@ -122,8 +122,8 @@ def attention_int(
     groups = q.shape[1] // k.shape[1] if q.dim() == 4 else 1
     spread = [x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k_codes, k_scales, v)]
     sums = (q_codes.to(torch.float64) @ spread[0].to(torch.float64).mT).to(torch.int32)  # |sums| < 2^24
-    factor = torch.tensor(float(torch.tensor(scale or q.shape[-1] ** -0.5, dtype=torch.float32)) * math.log2(math.e))
-    row = q_scales * factor.to(torch.float32)
+    given = torch.tensor(q.shape[-1] ** -0.5 if scale is None else scale, dtype=torch.float32)
+    row = q_scales * (given.to(torch.float64) * math.log2(math.e)).to(torch.float32)
     scores = base2_scores(sums, row, spread[1], mask, is_causal)
     weights = torch.zeros_like(sums, dtype=torch.uint8)
     out = mix(scores, spread[2], weights) if pv_bits else mix_floats(scores, spread[2])
