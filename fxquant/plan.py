@@ -138,6 +138,8 @@ def _named_weights(path: str, module: nn.Module) -> list[tuple[str, Tensor]]:
 def refuse_patterns(unmatched: Iterable[str], sites: tuple[Site, ...]) -> None:
     """Raise ConfigError, with the nearest site names, for the first pattern that matched nothing."""
     for pattern in unmatched:
+        if any(site_matches(pattern, site) for site in sites):
+            raise ConfigError(f"sites: the pattern {pattern!r} matches no attention, and its scheme is for nothing else")
         paths = list(dict.fromkeys(site.path or site.name for site in sites))
         close = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:3]
         raise ConfigError(f"sites: the pattern {pattern!r} matches no site; nearest: {', '.join(map(repr, close))}")

@@ -100,7 +100,7 @@ def resolve(settings: Mapping[str, str], node: fx.Node) -> AttentionScheme | str
     """The scheme that the settings of both sites make, or why there is none (empty where none was asked for)."""
     qk, pv = (ATTENTION_SCHEMES.get(settings.get(kind, "auto")) for kind in ("attention.qk", "attention.pv"))
     if qk is None:
-        return "" if pv is None else "; a scheme of attention.pv alone has no kernel: name attention.qk too"
+        return "" if pv is None or not pv.pv_bits else "; a scheme of attention.pv alone has no kernel: name attention.qk too"
     if has_few_rows(node):
         return f"; with at most {FEW_ROWS} rows of queries, coding the keys costs more than it saves"
     return AttentionScheme(qk.qk_bits, qk.pv_bits if pv is not None and pv.pv_bits else 0)
