@@ -111,7 +111,9 @@ def unmatched_patterns(config: FxQuantConfig, sites: tuple[Site, ...]) -> list[s
     return [
         pattern
         for pattern, setting in config.sites.items()
-        if not any(site_matches(pattern, site) and (setting not in ATTENTION_SCHEMES or _concerns(setting, site)) for site in sites)
+        if not any(
+            site_matches(pattern, site) and (setting not in ATTENTION_SCHEMES or _concerns(setting, site)) for site in sites
+        )
     ]
 
 

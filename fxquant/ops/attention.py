@@ -44,5 +44,6 @@ _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float?
 define(f"attention({_ARGUMENTS}) -> Tensor", _attention)
 define(f"attention_int({_ARGUMENTS}, int qk_bits, int pv_bits) -> Tensor", _attention_int)
 define(
-    f"attention_int_trace({_ARGUMENTS}, int qk_bits, int pv_bits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _trace
+    f"attention_int_trace({_ARGUMENTS}, int qk_bits, int pv_bits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _trace,
 )

@@ -59,7 +59,9 @@ def trace(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, bi
     return torch.ops.fxquant.attention_int_trace(q, k, v, mask, causal, named.get("scale"), *bits)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, bits: tuple[int, int] = (6, 0)) -> Tensor:
+def run(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, bits: tuple[int, int] = (6, 0)
+) -> Tensor:
     out: Tensor = torch.ops.fxquant.attention_int(q, k, v, mask, causal, None, *bits)
     return out
 
@@ -237,7 +239,9 @@ def test_the_error_is_the_published_one() -> None:
     """INT8 per token with smooth K: relative L1 error 0.00152 on these tensors, 2 % slack (methods: attention, 5.13)."""
     q, k, v = synthetic()
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
-    torch.testing.assert_close(exact[0, 0, 0, :4], torch.tensor([-0.115399, -0.166706, -0.210961, 7.755964]).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        exact[0, 0, 0, :4], torch.tensor([-0.115399, -0.166706, -0.210961, 7.755964]).double(), rtol=0, atol=1e-5
+    )
     error = lambda bits: float((run(q, k, v, bits=bits) - exact).abs().sum() / exact.abs().sum())  # noqa: E731
     assert error((8, 0)) == pytest.approx(0.00152, rel=0.05)
     assert error((8, 8)) < 0.01
@@ -264,9 +268,9 @@ def test_every_layout_gives_the_same_bits() -> None:
     q, k, v = (part.transpose(1, 2) for part in torch.randn(2, 30, 3, 4, 32).unbind(2))
     for bits in SCHEMES:
         wanted = run(q, k, v, bits=bits)
-        assert torch.equal(run(*(x.contiguous() for x in (q, k, v)), bits=bits), wanted)
+        assert torch.equal(run(q.contiguous(), k.contiguous(), v.contiguous(), bits=bits), wanted)
         assert wanted.transpose(1, 2).is_contiguous()
-        flat = run(*(x.reshape(8, 30, 32) for x in (q, k, v)), bits=bits)
+        flat = run(q.reshape(8, 30, 32), k.reshape(8, 30, 32), v.reshape(8, 30, 32), bits=bits)
         assert torch.equal(flat, wanted.reshape(8, 30, 32))
 
 

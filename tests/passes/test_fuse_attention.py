@@ -222,14 +222,16 @@ def test_a_pattern_of_attention_leaves_linears_alone() -> None:
     _, report = quantized(block, x, codegen="ops", scheme="w8a8", sites={"*": "qk6"})
     assert {row.scheme for row in report.sites if row.kind == "linear"} == {"w8a8"}
     assert schemes(report) == ["qk6", None] * 2
-    with pytest.raises(Exception, match="the pattern 'second.0' matches no attention, and its scheme is for nothing else"):
+    with pytest.raises(Exception, match=r"the pattern 'second\.0' matches no attention, and its scheme is for nothing else"):
         quantized(block, x, codegen="ops", sites={"second.0": "qk6"})
 
 
 def test_weights_alone_have_no_scheme() -> None:
     _, report = quantized(scaled_dot_product_attention, *qkv(), codegen="ops", sites={"*:attention.pv": "qk8-pv8"})
     assert kernels(report) == ["attention"] * 2
-    assert {row.reason for row in report.sites} == {REAL + "; a scheme of attention.pv alone has no kernel: name attention.qk too"}
+    assert {row.reason for row in report.sites} == {
+        REAL + "; a scheme of attention.pv alone has no kernel: name attention.qk too"
+    }
 
 
 def test_few_rows_of_queries_stay_float() -> None:
@@ -255,7 +257,7 @@ def test_auto_never_quantizes() -> None:
 
 
 def test_dynamic_sizes_and_masks_share_one_graph_of_codes() -> None:
-    options = {"codegen": "ops", "attention": "qk8"}
+    options: dict[str, Any] = {"codegen": "ops", "attention": "qk8"}
     function = lambda q, mask: scaled_dot_product_attention(q, q, q, attn_mask=mask)  # noqa: E731
     compiled = torch.compile(function, backend="fxquant", dynamic=True, options=options)
     with torch.no_grad():
@@ -263,6 +265,16 @@ def test_dynamic_sizes_and_masks_share_one_graph_of_codes() -> None:
             q, mask = torch.randn(2, 3, n, 16), torch.rand(n, n) > 0.3
             assert torch.equal(compiled(q, mask), torch.ops.fxquant.attention_int(q, q, q, mask, False, None, 8, 0))
     assert kernels(fxquant.report(compiled)) == ["attention_int"] * 2
+
+
+@torch.no_grad()
+def test_multihead_attention_on_codes() -> None:
+    layer, x = nn.MultiheadAttention(64, 4, batch_first=True).eval(), torch.randn(2, 65, 64)
+    function = lambda x: layer(x, x, x, need_weights=False)[0]  # noqa: E731
+    for scheme in SCHEMES:
+        got, report = quantized(function, x, attention=scheme, scheme="float", codegen="ops")
+        assert kernels(report) == ["attention_int"] * 2
+        assert float(torch.cosine_similarity(got.flatten(), function(x).flatten(), dim=0)) > 0.999
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
