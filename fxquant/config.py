@@ -7,7 +7,8 @@ Precedence, highest first:
 3. an environment variable of the table ``ENVIRONMENT`` (only ``dump`` has both);
 4. the default written below.
 
-For one site the first pattern of ``sites`` that matches wins over ``scheme``.
+For one site the first pattern of ``sites`` that matches wins over ``scheme`` and ``attention``. A scheme of attention
+means nothing to a linear, nor one of a linear to attention: such a pattern is passed over there.
 
 ``inductor={"cpp_wrapper": True}`` has Inductor write the code around the kernels in C++ too. The bits are the same; on MiniLM
 at 128 tokens the gain was too small to tell from noise, so it is no default.
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fxquant.calibration.calibration import Calibration
 from fxquant.errors import ConfigError
-from fxquant.schemes import check_setting
+from fxquant.schemes import check_attention, check_setting, check_site_setting
 
 ENVIRONMENT = {
     "FXQUANT_CACHE": "folder of the built kernel library (default: ~/.cache/fxquant)",
@@ -49,7 +50,7 @@ class FxQuantConfig(BaseModel):
 
     scheme: str = Field("auto", description="of every linear: auto, float or w<bits>a<bits>[-g<size>], such as w8a7")
     sites: dict[str, str] = Field({}, description="site or parameter pattern → scheme; the first match wins")
-    attention: Literal["auto", "off"] = Field("auto", description="off: keep scaled_dot_product_attention of PyTorch")
+    attention: str = Field("auto", description="auto: float kernel; off: PyTorch's; or qk8, qk6, qk8-pv8, qk6-pv8")
     float_kernels: Literal["auto", "off"] = Field(
         "auto", description="auto: a linear that stays float runs in our kernel where the measured table says it is faster"
     )
@@ -85,8 +86,13 @@ class FxQuantConfig(BaseModel):
         for pattern, setting in value.items():
             if not pattern:
                 raise ValueError("an empty pattern matches nothing; write '*' for every site")
-            check_setting(setting)
+            check_site_setting(setting)
         return value
+
+    @field_validator("attention")
+    @classmethod
+    def _known_attention(cls, value: str) -> str:
+        return check_attention(value)
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:

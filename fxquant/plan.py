@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxquant.config import FxQuantConfig
 from fxquant.errors import ConfigError
 from fxquant.reach import reach
-from fxquant.schemes import Scheme, choose_scheme, parse_scheme
+from fxquant.schemes import ATTENTION_SCHEMES, Scheme, choose_scheme, parse_scheme
 from fxquant.sites import Site
 
 # Why a kind stays float that has neither a scheme nor a kernel (passes/fuse); the docs print this table.
@@ -85,11 +85,19 @@ class Plan(Mapping[str, Decision]):
 
 
 def setting_for(site: Site, config: FxQuantConfig) -> str:
-    """The setting that the options give a site: that of the first matching pattern, else ``scheme`` (auto if no linear)."""
+    """The setting that the options give a site: that of the first pattern that matches and means something to its kind,
+    else ``scheme`` of a linear, ``attention`` of attention, and auto.
+    """
     for pattern, setting in config.sites.items():
-        if site_matches(pattern, site):
+        if site_matches(pattern, site) and _concerns(setting, site):
             return setting
-    return config.scheme if site.kind == "linear" else "auto"
+    return {"linear": config.scheme, "attention": config.attention}.get(site.kind.partition(".")[0], "auto")
+
+
+def _concerns(setting: str, site: Site) -> bool:
+    """Whether a kind of site knows a setting: attention and linears have schemes of their own."""
+    is_attention = site.kind.startswith("attention")
+    return setting in ("auto", "float") or is_attention == (setting in ATTENTION_SCHEMES)
 
 
 def site_matches(pattern: str, site: Site) -> bool:
@@ -100,7 +108,13 @@ def site_matches(pattern: str, site: Site) -> bool:
 
 def unmatched_patterns(config: FxQuantConfig, sites: tuple[Site, ...]) -> list[str]:
     """The patterns of ``sites`` that name no site of this graph."""
-    return [pattern for pattern in config.sites if not any(site_matches(pattern, site) for site in sites)]
+    return [
+        pattern
+        for pattern, setting in config.sites.items()
+        if not any(
+            site_matches(pattern, site) and (setting not in ATTENTION_SCHEMES or _concerns(setting, site)) for site in sites
+        )
+    ]
 
 
 def names_absent_weight(pattern: str, values: Iterable[object], present: set[int]) -> bool:
@@ -126,6 +140,8 @@ def _named_weights(path: str, module: nn.Module) -> list[tuple[str, Tensor]]:
 def refuse_patterns(unmatched: Iterable[str], sites: tuple[Site, ...]) -> None:
     """Raise ConfigError, with the nearest site names, for the first pattern that matched nothing."""
     for pattern in unmatched:
+        if any(site_matches(pattern, site) for site in sites):
+            raise ConfigError(f"sites: the pattern {pattern!r} matches no attention, and its scheme is for nothing else")
         paths = list(dict.fromkeys(site.path or site.name for site in sites))
         close = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:3]
         raise ConfigError(f"sites: the pattern {pattern!r} matches no site; nearest: {', '.join(map(repr, close))}")

@@ -34,6 +34,14 @@ VNNI (vpdpbusd) and in the scalar kernels every scheme is summed in 32 bits dire
 | w8a16, w4a16, w2a16, each with or without groups; w4a8 with groups | weights read as one stream, for few rows at a time |
 
 ``auto`` lets fxquant pick per site and instruction set; ``float`` leaves a site as it is.
+
+Attention has schemes of its own, which nothing but an option or a pattern asks for (``reference.attention`` has formulas):
+
+| scheme | q and centred k, per token | weights and v |
+|---|---|---|
+| qk8 | -127 .. 127 | float |
+| qk6 | -31 .. 31; on AVX2 in 16-bit sums that are exact for any input | float |
+| qk8-pv8, qk6-pv8 | the same | 0 .. 255 a weight, -127 .. 127 per channel of v |
 """
 
 import difflib
@@ -46,6 +54,20 @@ WIDTHS = range(4, 9)  # bits of weights and of activations that the panel kernel
 FLOAT_BITS = 16  # ``a16``: activations stay in the model's float type
 GROUPS = (16, 32, 64, 128, 256)  # whole steps of every streamed format; sums of a group's codes fit 16 bits
 _GRAMMAR = re.compile(r"w(\d{1,2})a(\d{1,2})(?:-g(\d{1,9}))?")
+
+
+@dataclass(frozen=True)
+class AttentionScheme:
+    """Code widths of attention: of q and k, and of weights and v (0: they stay float)."""
+
+    qk_bits: int
+    pv_bits: int
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What each site of attention that is quantized is called."""
+        qk = {"attention.qk": f"qk{self.qk_bits}"}
+        return qk | {"attention.pv": f"pv{self.pv_bits}"} if self.pv_bits else qk
 
 
 @dataclass(frozen=True)
@@ -74,7 +96,14 @@ LUT_SCHEMES = {str(scheme): scheme for scheme in (Scheme(2, 6), Scheme(2, 4))}
 WEIGHT_ONLY_SCHEMES = {str(scheme): scheme for scheme in (Scheme(8, 16), Scheme(4, 16), Scheme(2, 16))}
 SCHEMES = PANEL_SCHEMES | LUT_SCHEMES | WEIGHT_ONLY_SCHEMES  # without groups
 GROUPED = (*WEIGHT_ONLY_SCHEMES, "w4a8")  # what may have ``-g<size>``
-SETTINGS = ("auto", "float", *SCHEMES)
+ATTENTION_SCHEMES = {
+    "qk8": AttentionScheme(8, 0),
+    "qk6": AttentionScheme(6, 0),
+    "qk8-pv8": AttentionScheme(8, 8),
+    "qk6-pv8": AttentionScheme(6, 8),
+}
+ATTENTION_SETTINGS = ("auto", "off", *ATTENTION_SCHEMES)  # of the option ``attention``
+SETTINGS = ("auto", "float", *SCHEMES, *ATTENTION_SCHEMES)  # of a pattern of ``sites``
 
 
 def parse_scheme(name: str) -> Scheme:
@@ -96,12 +125,32 @@ def parse_scheme(name: str) -> Scheme:
 
 
 def check_setting(name: str) -> str:
-    """``name`` if it is a scheme, ``auto`` or ``float``.
+    """``name`` if it is the scheme of a linear, ``auto`` or ``float``.
 
     Raises:
         ConfigError: it is none of them.
     """
     return name if name in ("auto", "float") else str(parse_scheme(name))
+
+
+def check_site_setting(name: str) -> str:
+    """``name`` if it is the scheme of a linear or of attention, ``auto`` or ``float``.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    return name if name in ATTENTION_SCHEMES else check_setting(name)
+
+
+def check_attention(name: str) -> str:
+    """``name`` if it is a setting of the option ``attention``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if name not in ATTENTION_SETTINGS:
+        raise ConfigError(f"unknown attention {name!r}; use one of {', '.join(ATTENTION_SETTINGS)}")
+    return name
 
 
 def choose_scheme(isa: str) -> Scheme | None:
@@ -130,4 +179,7 @@ def _hint(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), SETTINGS, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return "known: auto, float and w<bits>a<bits>[-g<size>], such as w8a8, w6a6 or w4a16-g64"
+    return (
+        "known: auto, float and w<bits>a<bits>[-g<size>], such as w8a8, w6a6 or w4a16-g64; "
+        f"for attention {', '.join(ATTENTION_SCHEMES)}"
+    )

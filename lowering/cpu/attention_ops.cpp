@@ -1,5 +1,6 @@
-// The attention operator on torch's stable ABI. Its schema is defined in Python (fxquant/ops/attention.py).
+// The attention operators on torch's stable ABI. Their schemas are defined in Python (fxquant/ops/attention.py).
 #include "attention.h"
+#include "attention_int.h"
 #include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
@@ -8,6 +9,8 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <tuple>
+#include <vector>
 
 using namespace fxquant;
 
@@ -53,16 +56,23 @@ void parallel(void*, int64_t workers, void (*body)(void*), void* context) {
   });
 }
 
-Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask, bool causal,
-                 std::optional<double> scale) {
+// A call's problem and the tensors that its pointers belong to.
+struct Call {
+  Tensor q, k, v, out;
+  fxquant_attention_problem p{};
+};
+
+Call call_of(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, bool causal,
+             std::optional<double> scale) {
   const int64_t dims = query.dim();
   const bool wide = dims == 4;
   STD_TORCH_CHECK((wide || dims == 3) && key.dim() == dims && value.dim() == dims,
                   "fxquant::attention: query, key and value must have 3 or 4 dimensions");
   for (const Tensor* x : {&query, &key, &value})
     STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float, "fxquant::attention: query, key and value must be float32");
-  const Tensor q = with_dense_rows(query), k = with_dense_rows(key), v = with_dense_rows(value);
-  fxquant_attention_problem p{};
+  Call made{with_dense_rows(query), with_dense_rows(key), with_dense_rows(value), query};
+  const auto& [q, k, v, out, _] = made;
+  fxquant_attention_problem& p = made.p;
   p.batch = q.size(0), p.heads = wide ? q.size(1) : 1, p.kv_heads = wide ? k.size(1) : 1;
   p.queries = q.size(dims - 2), p.keys = k.size(dims - 2), p.depth = q.size(dims - 1), p.value_depth = v.size(dims - 1);
   STD_TORCH_CHECK(k.size(0) == p.batch && v.size(0) == p.batch && k.size(dims - 1) == p.depth &&
@@ -72,18 +82,69 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, st
                   " query heads cannot share ", p.kv_heads, " key heads");
   STD_TORCH_CHECK(p.depth > 0 && p.value_depth > 0 && p.keys > 0, "fxquant::attention: a head or the keys are empty");
   strides_of(q, p.q_stride), strides_of(k, p.k_stride), strides_of(v, p.v_stride);
-  p.q = static_cast<const float*>(q.data_ptr()), p.k = static_cast<const float*>(k.data_ptr());
-  p.v = static_cast<const float*>(v.data_ptr());
+  p.q = data<const float>(q), p.k = data<const float>(k), p.v = data<const float>(v);
   p.causal = causal;
   p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.depth)));
   if (mask) set_mask(p, *mask, wide);
-  const Tensor out = wide ? heads_side_by_side(p) : torch::stable::new_empty(q, {p.batch, p.queries, p.value_depth});
-  strides_of(out, p.out_stride);
-  p.out = static_cast<float*>(out.data_ptr());
-  fxquant_attention(&p, std::max<int64_t>(1, torch::stable::get_num_threads()), parallel, nullptr);
-  return out;
+  made.out = wide ? heads_side_by_side(p) : torch::stable::new_empty(q, {p.batch, p.queries, p.value_depth});
+  strides_of(made.out, p.out_stride);
+  p.out = data<float>(made.out);
+  return made;
+}
+
+int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask, bool causal,
+                 std::optional<double> scale) {
+  const Call call = call_of(query, key, value, mask, causal, scale);
+  fxquant_attention(&call.p, threads(), parallel, nullptr);
+  return call.out;
+}
+
+Call quantized_call(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                    bool causal, std::optional<double> scale, int64_t qk_bits, int64_t pv_bits) {
+  STD_TORCH_CHECK(qk_bits == 6 || qk_bits == 8, "fxquant::attention_int: q and k have codes of 6 or 8 bits, not ", qk_bits);
+  STD_TORCH_CHECK(pv_bits == 0 || pv_bits == 8, "fxquant::attention_int: v has codes of 8 bits or (0) none, not ", pv_bits);
+  Call call = call_of(query, key, value, mask, causal, scale);
+  STD_TORCH_CHECK(call.p.depth <= FXQUANT_ATTENTION_INT_DEPTH, "fxquant::attention_int: a head has ", call.p.depth,
+                  " values, at most ", FXQUANT_ATTENTION_INT_DEPTH, " have exact sums");
+  return call;
+}
+
+Tensor attention_int(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask, bool causal,
+                     std::optional<double> scale, int64_t qk_bits, int64_t pv_bits) {
+  const Call call = quantized_call(query, key, value, mask, causal, scale, qk_bits, pv_bits);
+  fxquant_attention_int(&call.p, static_cast<int32_t>(qk_bits), static_cast<int32_t>(pv_bits), nullptr, threads(), parallel, nullptr);
+  return call.out;
+}
+
+using Trace = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Trace attention_int_trace(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> mask,
+                          bool causal, std::optional<double> scale, int64_t qk_bits, int64_t pv_bits) {
+  const Call call = quantized_call(query, key, value, mask, causal, scale, qk_bits, pv_bits);
+  const fxquant_attention_problem& p = call.p;
+  const auto zeros = [&](std::vector<int64_t> sizes, ScalarType dtype) {
+    if (query.dim() == 3) sizes.erase(sizes.begin() + 1);
+    Tensor made = torch::stable::new_empty(call.q, sizes, dtype);
+    return torch::stable::zero_(made);
+  };
+  const Tensor q_codes = zeros({p.batch, p.heads, p.queries, p.depth}, ScalarType::Char);
+  const Tensor k_codes = zeros({p.batch, p.kv_heads, p.keys, p.depth}, ScalarType::Char);
+  const Tensor q_scales = zeros({p.batch, p.heads, p.queries}, ScalarType::Float);
+  const Tensor k_scales = zeros({p.batch, p.kv_heads, p.keys}, ScalarType::Float);
+  const Tensor sums = zeros({p.batch, p.heads, p.queries, p.keys}, ScalarType::Int);
+  const Tensor weights = zeros({p.batch, p.heads, p.queries, p.keys}, ScalarType::Byte);
+  const fxquant_attention_trace trace{data<int8_t>(q_codes), data<int8_t>(k_codes), data<float>(q_scales),
+                                      data<float>(k_scales), data<int32_t>(sums), data<uint8_t>(weights)};
+  fxquant_attention_int(&p, static_cast<int32_t>(qk_bits), static_cast<int32_t>(pv_bits), &trace, threads(), parallel, nullptr);
+  return {call.out, q_codes, k_codes, q_scales, k_scales, sums, weights};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fxquant, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+STABLE_TORCH_LIBRARY_IMPL(fxquant, CPU, m) { 
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_int", TORCH_BOX(&attention_int));
+  m.impl("attention_int_trace", TORCH_BOX(&attention_int_trace));
+}

@@ -1,7 +1,7 @@
 """scaled_dot_product_attention(q, k, v, mask)  →  fxquant::attention(q, k, v, mask)
 
-One kernel with no N x M buffer and float accuracy. Keys and values that were repeated for groups of query heads are read
-where they are: the copy goes.
+One kernel with no N x M buffer and float accuracy; with a scheme that the options name, fxquant::attention_int on codes.
+Keys and values that were repeated for groups of query heads are read where they are: the copy goes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,12 +13,15 @@ from torch import Tensor, fx
 from fxquant._compat import FakeTensorMode
 from fxquant.config import FxQuantConfig
 from fxquant.passes.fuse.fusion import Fusion, Verdict
+from fxquant.schemes import ATTENTION_SCHEMES, AttentionScheme
 
 aten = torch.ops.aten
 MAX_DEPTH = 256  # the largest head size that was measured
 # Below so many products of q and k, calling the kernel costs more than it saves (measured on AVX2, two threads: even at
 # 12 heads of 1 x 128 x 64, 1.3 to 1.5 times faster at 12 heads of 16 x 16 x 32).
 MIN_PRODUCTS = 98304
+# Up to so many rows of queries (decoding), coding the keys costs more than their exact product.
+FEW_ROWS = 4
 _NAMES = ("q", "k", "v", "mask", "dropout_p", "is_causal")
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _SAME = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.slice.Tensor)
@@ -52,11 +55,20 @@ def conditions(node: fx.Node) -> Iterator[tuple[str, bool]]:
         "the mask must be bool or float32 and have 2 dimensions up to those of q",
         mask is None or (mask.dtype in (torch.bool, torch.float32) and 2 <= mask.dim() <= q.dim()),
     )
-    yield (
-        f"fewer than {MIN_PRODUCTS} products of q and k: the operator of PyTorch is as fast",
-        not all(isinstance(s, int) for s in (*q.shape, k.shape[-2])) or q.numel() * k.shape[-2] >= MIN_PRODUCTS,
-    )
     yield "the scale must be a number", args["scale"] is None or isinstance(args["scale"], (int, float))
+
+
+def is_small(node: fx.Node) -> bool:
+    """Whether the operator of PyTorch is as fast."""
+    args = operands(node)
+    q, k = args["q"].meta["val"], args["k"].meta["val"]
+    return all(isinstance(s, int) for s in (*q.shape, k.shape[-2])) and q.numel() * k.shape[-2] < MIN_PRODUCTS
+
+
+def has_few_rows(node: fx.Node) -> bool:
+    """Whether the queries are known to be at most FEW_ROWS."""
+    q = operands(node)["q"].meta["val"]
+    return isinstance(q.shape[-2], int) and q.shape[-2] <= FEW_ROWS
 
 
 def _heads_fit(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
@@ -70,17 +82,37 @@ def _heads_fit(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
 
 
 def decide(node: fx.Node, settings: Mapping[str, str], config: FxQuantConfig, isa: str) -> Verdict:
-    """Whether the kernel takes an attention node, and why."""
-    if config.attention == "off":
+    """Whether a kernel takes an attention node, which, and why."""
+    if settings.get("attention.qk") == "off":
         return Verdict("the option attention='off' keeps the operator of PyTorch")
     for sentence, holds in conditions(node):
         if not holds:
             return Verdict(sentence)
-    return Verdict("float attention with no N x M buffer", kernel="attention", error_class="REAL")
+    scheme = resolve(settings, node)
+    if isinstance(scheme, AttentionScheme):
+        return Verdict(_quantized(scheme), kernel="attention_int", error_class="QUANTIZED", schemes=scheme.names)
+    if is_small(node):
+        return Verdict(f"fewer than {MIN_PRODUCTS} products of q and k: the operator of PyTorch is as fast")
+    return Verdict(f"float attention with no N x M buffer{scheme}", kernel="attention", error_class="REAL")
+
+
+def resolve(settings: Mapping[str, str], node: fx.Node) -> AttentionScheme | str:
+    """The scheme that the settings of both sites make, or why there is none (empty where none was asked for)."""
+    qk, pv = (ATTENTION_SCHEMES.get(settings.get(kind, "auto")) for kind in ("attention.qk", "attention.pv"))
+    if qk is None:
+        return "" if pv is None or not pv.pv_bits else "; a scheme of attention.pv alone has no kernel: name attention.qk too"
+    if has_few_rows(node):
+        return f"; with at most {FEW_ROWS} rows of queries, coding the keys costs more than it saves"
+    return AttentionScheme(qk.qk_bits, qk.pv_bits if pv is not None and pv.pv_bits else 0)
+
+
+def _quantized(scheme: AttentionScheme) -> str:
+    product = f"exact integer sums of {scheme.qk_bits}-bit q and centred k"
+    return f"{product}, and of {scheme.pv_bits}-bit weights and v" if scheme.pv_bits else f"{product}; softmax and v in float"
 
 
 def fuse(node: fx.Node, verdict: Verdict, fake_mode: FakeTensorMode) -> fx.Node:
-    """Replace the node by fxquant::attention.
+    """Replace the node by fxquant::attention or fxquant::attention_int.
 
     The result is contiguous where the old one was, unless every reader swaps heads and queries first: those then read
     contiguous memory without a copy.
@@ -90,15 +122,25 @@ def fuse(node: fx.Node, verdict: Verdict, fake_mode: FakeTensorMode) -> fx.Node:
     sources = unrepeated(k), unrepeated(v)
     if sources[0] is not None and sources[1] is not None and _key_heads(sources[0]) == _key_heads(sources[1]):
         k, v = sources
-    call = (args["q"], k, v, args["mask"], bool(args["is_causal"]), args["scale"])
+    call: tuple[Any, ...] = (args["q"], k, v, args["mask"], bool(args["is_causal"]), args["scale"])
+    target = torch.ops.fxquant.attention.default
+    if verdict.schemes:
+        target = torch.ops.fxquant.attention_int.default
+        call += _bits(verdict)
     old: Tensor = node.meta["val"]
-    made = _call(node, torch.ops.fxquant.attention.default, call, fake_mode)
+    made = _call(node, target, call, fake_mode)
     if _layout(made.meta["val"]) != _layout(old) and not all(map(_swaps_heads, node.users)):
         made = _call(node, aten.clone.default, (made,), fake_mode, memory_format=torch.contiguous_format)
     node.replace_all_uses_with(made)
     graph = node.graph
     graph.erase_node(node)
     return made
+
+
+def _bits(verdict: Verdict) -> tuple[int, ...]:
+    """qk_bits and pv_bits."""
+    names = (verdict.schemes.get(kind) for kind in ("attention.qk", "attention.pv"))
+    return tuple(int(name[2:]) if name else 0 for name in names)
 
 
 def _swaps_heads(user: fx.Node) -> bool:

@@ -135,8 +135,146 @@ def test_dropout_is_refused() -> None:
 def test_it_can_be_switched_off() -> None:
     report = check(scaled_dot_product_attention, *qkv(), codegen="ops", attention="off")
     assert [row.reason for row in report.sites] == ["the option attention='off' keeps the operator of PyTorch"] * 2
-    with pytest.raises(ConfigError, match="option 'attention'"):
+    with pytest.raises(ConfigError, match="unknown attention 'of'"):
         fxquant.FxQuantConfig(attention="of")
+
+
+SCHEMES = {"qk8": (8, 0), "qk6": (6, 0), "qk8-pv8": (8, 8), "qk6-pv8": (6, 8)}
+FLOAT_V = "exact integer sums of {}-bit q and centred k; softmax and v in float"
+CODED_V = "exact integer sums of {}-bit q and centred k, and of 8-bit weights and v"
+
+
+@torch.no_grad()
+def quantized(function: Any, *args: Tensor, **options: Any) -> tuple[Tensor, Report]:
+    """The result and the report of a compiled function."""
+    gc.collect()  # what an earlier test compiled
+    compiled = torch.compile(function, backend="fxquant", options=options)
+    return compiled(*args), fxquant.report(compiled)
+
+
+@pytest.mark.parametrize("codegen", CODEGENS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_scheme_is_taken_and_told(scheme: str, codegen: str) -> None:
+    q, k, v = qkv()
+    got, report = quantized(scaled_dot_product_attention, q, k, v, attention=scheme, codegen=codegen)
+    bits = SCHEMES[scheme]
+    assert torch.equal(got, torch.ops.fxquant.attention_int(q, k, v, None, False, None, *bits))
+    reason = (CODED_V if bits[1] else FLOAT_V).format(bits[0])
+    assert [(row.kind, row.kernel, row.error_class, row.reason, row.scheme) for row in report.sites] == [
+        ("attention.qk", "attention_int", "QUANTIZED", reason, f"qk{bits[0]}"),
+        ("attention.pv", "attention_int", "QUANTIZED", reason, "pv8" if bits[1] else None),
+    ]
+    assert f"qk{bits[0]}" in str(report)
+
+
+class Block(nn.Module):
+    """Two attention layers with linears of their own, as encoders have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_attention, self.second = nn.ModuleList(), nn.ModuleList()
+        for layers in (self.first_attention, self.second):
+            layers.extend(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layers in (self.first_attention, self.second):
+            q, k, v = (layer(x).view(2, 65, 4, 16).transpose(1, 2) for layer in layers[:3])
+            x = x + layers[3](scaled_dot_product_attention(q, k, v, scale=0.25).transpose(1, 2).flatten(2))
+        return x
+
+
+def schemes(report: Report) -> list[str | None]:
+    return [row.scheme for row in report.sites if row.kind.startswith("attention")]
+
+
+@torch.no_grad()
+def test_a_block_keeps_its_direction() -> None:
+    block, x = Block().eval(), torch.randn(2, 65, 64)
+    for scheme in SCHEMES:
+        got, report = quantized(block, x, attention=scheme, scheme="float", codegen="ops")
+        assert kernels(report) == ["attention_int"] * 4
+        added, wanted = got - x, block(x) - x
+        assert float(torch.cosine_similarity(added.flatten(), wanted.flatten(), dim=0)) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"sites": {"*": "qk6-pv8"}}, ["qk6", "pv8"] * 2),
+        ({"attention": "qk8", "sites": {"*:attention.qk*": "float"}}, [None] * 4),
+        ({"attention": "qk8", "sites": {"*:attention.qk#2": "qk6"}}, ["qk8", None, "qk6", None]),
+        ({"attention": "off", "sites": {"*:attention.??": "qk6"}}, ["qk6", None, None, None]),
+        ({"sites": {"*": "w8a8", "*:attention*": "qk8-pv8"}}, ["qk8", "pv8"] * 2),
+        ({"sites": {"*:attention.pv*": "float", "*": "qk6-pv8"}}, ["qk6", None] * 2),
+    ],
+    ids=str,
+)
+def test_sites_have_settings_of_their_own(options: dict[str, Any], wanted: list[str | None]) -> None:
+    def function(x: Tensor) -> Tensor:
+        return scaled_dot_product_attention(scaled_dot_product_attention(x, x, x), x, x)
+
+    _, report = quantized(function, torch.randn(2, 4, 65, 16), codegen="ops", **options)
+    assert schemes(report) == wanted
+
+
+def test_a_pattern_of_attention_leaves_linears_alone() -> None:
+    block, x = Block().eval(), torch.randn(2, 65, 64)
+    _, report = quantized(block, x, codegen="ops", scheme="w8a8", sites={"*": "qk6"})
+    assert {row.scheme for row in report.sites if row.kind == "linear"} == {"w8a8"}
+    assert schemes(report) == ["qk6", None] * 2
+    with pytest.raises(Exception, match=r"the pattern 'second\.0' matches no attention, and its scheme is for nothing else"):
+        quantized(block, x, codegen="ops", sites={"second.0": "qk6"})
+
+
+def test_weights_alone_have_no_scheme() -> None:
+    _, report = quantized(scaled_dot_product_attention, *qkv(), codegen="ops", sites={"*:attention.pv": "qk8-pv8"})
+    assert kernels(report) == ["attention"] * 2
+    assert {row.reason for row in report.sites} == {
+        REAL + "; a scheme of attention.pv alone has no kernel: name attention.qk too"
+    }
+
+
+def test_few_rows_of_queries_stay_float() -> None:
+    q, k, v = torch.randn(1, 4, 1, 64), torch.randn(1, 4, 600, 64), torch.randn(1, 4, 600, 64)
+    report = check(scaled_dot_product_attention, q, k, v, codegen="ops", attention="qk8")
+    reason = REAL + "; with at most 4 rows of queries, coding the keys costs more than it saves"
+    assert [(row.kernel, row.reason) for row in report.sites] == [("attention", reason)] * 2
+
+
+def test_wrong_names_are_refused_with_the_right_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown attention 'qk7'; use one of auto, off, qk8, qk6, qk8-pv8, qk6-pv8"):
+        fxquant.FxQuantConfig(attention="qk7")
+    with pytest.raises(ConfigError, match="did you mean 'qk8-pv8'"):
+        fxquant.FxQuantConfig(sites={"*": "qk8_pv8"})
+    with pytest.raises(ConfigError, match="for attention qk8, qk6, qk8-pv8, qk6-pv8"):
+        fxquant.FxQuantConfig(sites={"*": "int4"})
+    with pytest.raises(ConfigError, match="unknown scheme 'qk6'"):
+        fxquant.FxQuantConfig(scheme="qk6")
+
+
+def test_auto_never_quantizes() -> None:
+    assert schemes(check(scaled_dot_product_attention, *qkv(), codegen="ops")) == [None, None]
+
+
+def test_dynamic_sizes_and_masks_share_one_graph_of_codes() -> None:
+    options: dict[str, Any] = {"codegen": "ops", "attention": "qk8"}
+    function = lambda q, mask: scaled_dot_product_attention(q, q, q, attn_mask=mask)  # noqa: E731
+    compiled = torch.compile(function, backend="fxquant", dynamic=True, options=options)
+    with torch.no_grad():
+        for n in (5, 40, 200):
+            q, mask = torch.randn(2, 3, n, 16), torch.rand(n, n) > 0.3
+            assert torch.equal(compiled(q, mask), torch.ops.fxquant.attention_int(q, q, q, mask, False, None, 8, 0))
+    assert kernels(fxquant.report(compiled)) == ["attention_int"] * 2
+
+
+@torch.no_grad()
+def test_multihead_attention_on_codes() -> None:
+    layer, x = nn.MultiheadAttention(64, 4, batch_first=True).eval(), torch.randn(2, 65, 64)
+    function = lambda x: layer(x, x, x, need_weights=False)[0]  # noqa: E731
+    for scheme in SCHEMES:
+        got, report = quantized(function, x, attention=scheme, scheme="float", codegen="ops")
+        assert kernels(report) == ["attention_int"] * 2
+        assert float(torch.cosine_similarity(got.flatten(), function(x).flatten(), dim=0)) > 0.999
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
