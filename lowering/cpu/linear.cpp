@@ -40,8 +40,13 @@ void walk(const uint8_t* scratch, int64_t m, const uint8_t* packed, int64_t m0, 
   alignas(64) int32_t sums[2 * kMaxRows * kPanel];
   for (int64_t n = n0; n < n1;) {
     const int64_t panels = kernel.pair && n + kPanel < n1 ? 2 : 1;
+    // The next panel's weights come from the third-level cache while this one's are at work: a share with every block.
+    const uint8_t* next = packed + layout.weights + (n / kPanel + panels) * layout.steps * 64;
+    const int64_t share = (panels * layout.steps * block + (m1 - m0) - 1) / (m1 - m0);
     for (int64_t i = m0; i < m1; i += block) {
       const int64_t count = std::min(block, m1 - i);
+      for (int64_t line = 0; line < share; line++) __builtin_prefetch(next + line * 64, 0, 2);
+      next += share * 64;
       const uint8_t* codes = scratch + rows.codes + i * rows.stride;
       (panels == 2 ? kernel.pair : panel)(codes, rows.stride, count, packed, layout, n / kPanel, sums);
       for (int64_t p = 0; p < panels; p++) {
