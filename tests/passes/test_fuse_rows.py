@@ -83,7 +83,7 @@ def test_one_linear_with_its_neighbours_is_left_with_a_sentence() -> None:
     torch._dynamo.reset()
     gc.collect()  # a report lists every graph that is alive
     options: Any = {"scheme": "w8a8", "codegen": "ops", "chains": True}
-    compiled: Any = torch.compile(lambda x: F.gelu(FC1(NORM(x))), backend="fxquant", options=options)
+    compiled: Any = torch.compile(nn.Sequential(NORM, FC1, nn.GELU()), backend="fxquant", options=options)
     compiled(torch.randn(3, 32))
     rows = [row for graph in fxquant.report(compiled).graphs for row in graph.rewrites if row.rule == "rows"]
     assert {row.reason for row in rows} == {"one quantized linear only: there is nothing to keep in cache between two of them"}
