@@ -2,7 +2,8 @@
 
 A register holds ``width`` float32 values of every row. It lives in scratch memory (place -1), or is input number
 ``place``; an output names the register it is made of and the input whose leading sizes it takes. An instruction is seven
-integers ``(op, dst, a, b, first, second, third)``; ``Op`` says what they mean. lowering/cpu/program_stages.h has the same table.
+integers ``(op, dst, a, b, first, second, third)``; ``Op`` says what they mean. The table stands in
+lowering/cpu/program_stages.h as well.
 """
 
 from enum import IntEnum

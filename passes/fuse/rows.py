@@ -28,12 +28,13 @@ class Chain:
 
 
 def fuse_rows(gm: fx.GraphModule, fake_mode: FakeTensorMode) -> list[Chain]:
-    """Fuse every group that holds a quantized linear and something else; says what was fused and what was not."""
+    """Fuse every group that holds quantized linears and something else; says what was fused and what was not."""
     chains = []
     for group in find_groups(gm.graph):
         title, name = _title(group), next(node.name for node in group if is_linear(node))
         results = _results(group)
         try:
+            _check_linears(group)
             anchor = _make_room(group, results)
             program = write_program(group, results)
         except Refusal as refusal:
@@ -81,6 +82,12 @@ def find_groups(graph: fx.Graph) -> list[list[fx.Node]]:
     for node in leader:
         groups.setdefault(find(node), []).append(node)
     return [group for group in groups.values() if _is_worth_it(group)]
+
+
+def _check_linears(group: Sequence[fx.Node]) -> None:
+    """Refuse a group that gains nothing from staying in cache."""
+    if sum(map(is_linear, group)) < 2:
+        raise Refusal("one quantized linear only: there is nothing to keep in cache between two of them")
 
 
 def _level_after(level: int, key: str | None, next_key: str | None) -> int:

@@ -56,8 +56,8 @@ def test_graphs_that_become_one_program(name: str, dynamic: bool | None) -> None
 
 
 def test_an_addition_that_broadcasts_stays_outside() -> None:
-    titles = both(lambda x, y: FC2((FC1(x) + y).relu()), torch.randn(2, 9, 32), torch.randn(1, 9, 64))
-    assert titles == ["1 relu, 1 linear  →  one row program"]
+    titles = both(lambda x, y: FC1(FC2((FC1(x) + y).relu())), torch.randn(2, 9, 32), torch.randn(1, 9, 64))
+    assert titles == ["1 relu, 2 linear  →  one row program"]
 
 
 def test_a_vector_for_every_row_is_taken() -> None:
@@ -76,6 +76,17 @@ def test_what_is_written_in_place_stays_outside() -> None:
 
 def test_a_linear_alone_is_left() -> None:
     assert both(lambda x: FC1(x).exp(), torch.randn(3, 32)) == []
+
+
+@torch.no_grad()
+def test_one_linear_with_its_neighbours_is_left_with_a_sentence() -> None:
+    torch._dynamo.reset()
+    gc.collect()  # a report lists every graph that is alive
+    options: Any = {"scheme": "w8a8", "codegen": "ops", "chains": True}
+    compiled: Any = torch.compile(nn.Sequential(NORM, FC1, nn.GELU()), backend="fxquant", options=options)
+    compiled(torch.randn(3, 32))
+    rows = [row for graph in fxquant.report(compiled).graphs for row in graph.rewrites if row.rule == "rows"]
+    assert {row.reason for row in rows} == {"one quantized linear only: there is nothing to keep in cache between two of them"}
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a7"])
