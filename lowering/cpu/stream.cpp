@@ -16,7 +16,7 @@ namespace {
 // A CPU with AVX-VNNI runs the AVX2 kernels: reading the weights from memory sets the pace, not the products.
 constexpr const StreamKernels* kStream[] = {&kStreamScalar, &kStreamAvx2, &kStreamAvx2, &kStreamAvx512Vnni};
 
-const StreamKernels& kernels() { return *kStream[fxquant_isa()]; }
+const StreamKernels& in_force() { return *kStream[fxquant_isa()]; }
 
 const StreamHeader& header_of(const uint8_t* packed) { return *reinterpret_cast<const StreamHeader*>(packed); }
 
@@ -26,17 +26,16 @@ const uint8_t* panel_of(const uint8_t* packed, const StreamLayout& l, int64_t p)
 
 int64_t kind_of(int64_t bits) { return bits == 2 ? 0 : bits == 4 ? 1 : 2; }
 
-bool takes_row(const StreamLayout& l, int64_t m) {
-  return m == 1 && (l.is_integer ? kernels().row_integer != nullptr : kernels().row_float[kind_of(l.bits)] != nullptr);
-}
-
-// x, each value scaled down by what the mask of its code leaves the code shifted up (see stream_avx2.cpp): a power of two.
-void prepare_float(const float* x, const StreamLayout& l, float* to, float* corrections) {
-  float scale[16];
+// What the masks of a word's fields leave their codes shifted up, as the factor that takes it out of x: a power of two.
+void field_scales(const StreamLayout& l, float* scale) {
   for (int64_t k = 0; k < l.step_k; k++) {
     const int64_t field = k % 4 * (l.step_k / 4) + k / 4;  // of the word, from its lowest bits up
-    scale[k] = l.bits == 8 || !kernels().masks_in_place ? 1.f : std::ldexp(1.f, static_cast<int>(-l.bits * (field % (l.step_k / 2))));
+    const bool is_shifted = l.bits != 8 && in_force().masks_in_place;
+    scale[k] = is_shifted ? std::ldexp(1.f, static_cast<int>(-l.bits * (field % (l.step_k / 2)))) : 1.f;
   }
+}
+
+void prepare_float(const float* x, const StreamLayout& l, const float* scale, float* to, float* corrections) {
   const int64_t whole = l.k / l.step_k * l.step_k;
   for (int64_t k = 0; k < whole; k += l.step_k)
     for (int64_t i = 0; i < l.step_k; i++) to[k + i] = x[k + i] * scale[i];
@@ -76,49 +75,19 @@ IntegerRows rows_in(const uint8_t* scratch, const StreamLayout& l, int64_t m, in
           reinterpret_cast<const int32_t*>(scratch + s.shifts) + first, reinterpret_cast<const float*>(scratch) + first};
 }
 
-// sums[rows][16] of one group against up to kRowBlock quantized rows.
-void group_sums(const IntegerRows& x, const StreamLayout& l, const uint8_t* panel, int64_t g, int64_t rows, int32_t* sums) {
-  alignas(64) uint8_t block[kBlock * kPanel];
-  const StreamKernels& kernel = kernels();
-  const int64_t most = kBlock / l.step_k, height = even_share(rows, kernel.rows_integer);
-  const int64_t start = g * l.group_steps, end = start + l.steps_of(g);
-  for (int64_t s = start; s < end; s += most) {
-    const int64_t next = std::min(end, s + most);
-    kernel.unpack_bytes(panel, l, s, next, block);
-    for (int64_t r = 0; r < rows; r += height)
-      kernel.tile_integer(x.codes + r * x.stride + s * l.step_k, x.stride, std::min(height, rows - r), block,
-                          (next - s) * l.step_k / 4, s == start, sums + r * kPanel);
-  }
+FloatRows floats_in(const uint8_t* scratch, const StreamLayout& l, int64_t m, int64_t first) {
+  const StreamScratch s(l, m);
+  const int64_t stride = s.stride / 4;
+  return {reinterpret_cast<const float*>(scratch + s.codes) + first * stride, stride,
+          reinterpret_cast<const float*>(scratch + s.corrections) + first * l.groups};
 }
 
-void panel_integer(const IntegerRows& x, const StreamLayout& l, const uint8_t* panel, int64_t rows, float* out) {
-  alignas(64) int32_t sums[kRowBlock * kPanel];
-  std::fill_n(out, rows * kPanel, 0.f);
-  for (int64_t g = 0; g < l.groups; g++) {
-    group_sums(x, l, panel, g, rows, sums);
-    kernels().fold(sums, x, l.groups, g, Tail(panel, l, g), rows, out);
-  }
-}
-
-// One panel against up to kRowBlock float rows.
-void panel_float(const float* x, int64_t ldx, const StreamLayout& l, const uint8_t* panel, int64_t rows, float* out) {
-  alignas(64) float block[kBlock * kPanel];
-  const StreamKernels& kernel = kernels();
-  const int64_t most = kBlock / l.step_k, height = even_share(rows, kernel.rows_float);
-  for (int64_t s = 0; s < l.steps; s += most) {
-    const int64_t next = std::min(l.steps, s + most), k = s * l.step_k;
-    kernel.unpack_float(panel, l, s, next, block);
-    for (int64_t r = 0; r < rows; r += height)
-      kernel.tile_float(x + r * ldx + k, ldx, std::min(height, rows - r), block, std::min(l.k, next * l.step_k) - k, s == 0,
-                        out + r * kPanel);
-  }
-}
-
-// 16 columns of one row.
-void row_panel(const uint8_t* scratch, const StreamLayout& l, const uint8_t* panel, float* out) {
-  if (l.is_integer) return kernels().row_integer(rows_in(scratch, l, 1, 0), panel, l, out);
-  const float* corrections = reinterpret_cast<const float*>(scratch + StreamScratch(l, 1).corrections);
-  kernels().row_float[kind_of(l.bits)](reinterpret_cast<const float*>(scratch), corrections, panel, l, out);
+// One panel against 1 to kPass rows.
+void pass(const uint8_t* scratch, const StreamLayout& l, const uint8_t* panel, int64_t m, int64_t first, int64_t rows, float* out) {
+  if (l.is_integer)
+    in_force().rows_integer[rows - 1](rows_in(scratch, l, m, first), panel, l, out, nullptr);
+  else
+    in_force().rows_float[kind_of(l.bits)][rows - 1](floats_in(scratch, l, m, first), panel, l, out);
 }
 
 }  // namespace
@@ -197,55 +166,52 @@ extern "C" void fxquant_stream_prepare(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t m, const uint8_t* packed, uint8_t* scratch) {
   const StreamLayout l(header_of(packed));
   const StreamScratch s(l, m);
-  if (!l.is_integer) {
-    if (takes_row(l, m))
-      prepare_float(x, l, reinterpret_cast<float*>(scratch), reinterpret_cast<float*>(scratch + s.corrections));
-    return;
+  if (l.is_integer) {
+    for (int64_t i = m0; i < m1; i++)
+      prepare_integer(x + i * ldx, l, reinterpret_cast<int8_t*>(scratch + s.codes + i * s.stride),
+                      reinterpret_cast<int32_t*>(scratch + s.corrections) + i * l.groups, reinterpret_cast<float*>(scratch) + i,
+                      reinterpret_cast<int32_t*>(scratch + s.shifts) + i);
+  } else {
+    float scale[16];
+    field_scales(l, scale);
+    for (int64_t i = m0; i < m1; i++)
+      prepare_float(x + i * ldx, l, scale, reinterpret_cast<float*>(scratch + s.codes + i * s.stride),
+                    reinterpret_cast<float*>(scratch + s.corrections) + i * l.groups);
   }
-  for (int64_t i = m0; i < m1; i++)
-    prepare_integer(x + i * ldx, l, reinterpret_cast<int8_t*>(scratch + s.codes + i * s.stride),
-                    reinterpret_cast<int32_t*>(scratch + s.corrections) + i * l.groups, reinterpret_cast<float*>(scratch) + i,
-                    reinterpret_cast<int32_t*>(scratch + s.shifts) + i);
 }
 
 extern "C" void fxquant_stream_run(
-    const float* x, int64_t ldx, const uint8_t* scratch, int64_t m, const uint8_t* packed, const float* bias, int64_t m0,
-    int64_t m1, int64_t n0, int64_t n1, float* out, int64_t ldo) {
+    const float*, int64_t, const uint8_t* scratch, int64_t m, const uint8_t* packed, const float* bias, int64_t m0, int64_t m1,
+    int64_t n0, int64_t n1, float* out, int64_t ldo) {
   const StreamLayout l(header_of(packed));
-  alignas(64) float sums[kRowBlock * kPanel];
-  for (int64_t i = m0; i < m1; i += kRowBlock) {
-    const int64_t count = std::min(kRowBlock, m1 - i);
+  alignas(64) float sums[kPass * kPanel];
+  for (int64_t block = m0; block < m1; block += kRowBlock) {
+    const int64_t end = std::min(m1, block + kRowBlock), height = even_share(end - block, kPass);
     for (int64_t j = n0; j < n1; j += kPanel) {
       const uint8_t* panel = panel_of(packed, l, j / kPanel);
-      if (takes_row(l, m))
-        row_panel(scratch, l, panel, sums);
-      else if (l.is_integer)
-        panel_integer(rows_in(scratch, l, m, i), l, panel, count, sums);
-      else
-        panel_float(x + i * ldx, ldx, l, panel, count, sums);
       const int64_t columns = std::min(kPanel, n1 - j);
-      for (int64_t r = 0; r < count; r++)
-        for (int64_t c = 0; c < columns; c++)
-          out[(i - m0 + r) * ldo + (j - n0) + c] = bias == nullptr ? sums[r * kPanel + c] : sums[r * kPanel + c] + bias[j + c];
+      for (int64_t i = block; i < end; i += height) {
+        const int64_t rows = std::min(height, end - i);
+        pass(scratch, l, panel, m, i, rows, sums);
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t c = 0; c < columns; c++)
+            out[(i - m0 + r) * ldo + (j - n0) + c] = bias == nullptr ? sums[r * kPanel + c] : sums[r * kPanel + c] + bias[j + c];
+      }
     }
   }
 }
 
 extern "C" void fxquant_stream_sums(const uint8_t* scratch, int64_t m, const uint8_t* packed, int32_t* out) {
   const StreamLayout l(header_of(packed));
-  alignas(64) int32_t sums[kRowBlock * kPanel];
-  for (int64_t i = 0; i < m; i += kRowBlock) {
-    const IntegerRows x = rows_in(scratch, l, m, i);
-    const int64_t rows = std::min(kRowBlock, m - i);
-    for (int64_t j = 0; j < l.n; j += kPanel)
-      for (int64_t g = 0; g < l.groups; g++) {
-        const Tail tail(panel_of(packed, l, j / kPanel), l, g);
-        group_sums(x, l, panel_of(packed, l, j / kPanel), g, rows, sums);
-        for (int64_t r = 0; r < rows; r++)
-          for (int64_t c = 0; c < std::min(kPanel, l.n - j); c++)
-            out[((i + r) * l.groups + g) * l.n + j + c] =
-                sums[r * kPanel + c] + x.corrections[r * l.groups + g] + x.shifts[r] * tail.sum(c);
-      }
+  float unused[kPass * kPanel];
+  const std::unique_ptr<int32_t[]> sums(new int32_t[kPass * l.groups * kPanel]);
+  for (int64_t i = 0; i < m; i += kPass) {
+    const int64_t rows = std::min(kPass, m - i);
+    for (int64_t j = 0; j < l.n; j += kPanel) {
+      in_force().rows_integer[rows - 1](rows_in(scratch, l, m, i), panel_of(packed, l, j / kPanel), l, unused, sums.get());
+      for (int64_t r = 0; r < rows * l.groups; r++)
+        std::copy_n(sums.get() + r * kPanel, std::min(kPanel, l.n - j), out + (i * l.groups + r) * l.n + j);
+    }
   }
 }
 

@@ -28,7 +28,8 @@ FXQUANT_EXPORT void fxquant_stream_tiles(
 // Puts rows m0 <= i < m1 of x (float, row stride ldx) into the form that the kernels multiply, in the scratch of m rows.
 FXQUANT_EXPORT void fxquant_stream_prepare(
     const float* x, int64_t ldx, int64_t m0, int64_t m1, int64_t m, const uint8_t* packed, uint8_t* scratch);
-// out[(i - m0) * ldo + (j - n0)] = y[i][j] for m0 <= i < m1, n0 <= j < n1, n0 % 16 == 0; bias: float [n] or null.
+// out[(i - m0) * ldo + (j - n0)] = y[i][j] for m0 <= i < m1, n0 <= j < n1, n0 % 16 == 0; bias: float [n] or null. The rows
+// are read from the scratch; x and ldx are there for a kernel that would read them in place.
 FXQUANT_EXPORT void fxquant_stream_run(
     const float* x, int64_t ldx, const uint8_t* scratch, int64_t m, const uint8_t* packed, const float* bias, int64_t m0,
     int64_t m1, int64_t n0, int64_t n1, float* out, int64_t ldo);

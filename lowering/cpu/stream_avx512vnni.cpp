@@ -1,7 +1,7 @@
 // Decode kernels on AVX512-VNNI: one step of a panel is one vector, and vpdpbusd adds 4 products in 32 bits at once.
-#include "rows.h"
 #include "simd.h"
 #include "stream_layout.h"
+#include "unroll.h"
 
 #include <cstring>
 
@@ -35,37 +35,57 @@ inline __m512 widen(const uint8_t* w) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
 }
 
-template <int Bits>
-void row_float(const float* x, const float*, const uint8_t* w, const StreamLayout& l, float* out) {
-  __m512 y = _mm512_setzero_ps();
+// Sums of R rows x 16 columns: kSets of each hide the latency of an FMA.
+template <int R>
+constexpr int kSets = R <= 2 ? 4 : 2;
+
+// += x[r][k] times 16 weights.
+template <int R>
+inline __attribute__((always_inline)) void add(const float* x, int64_t stride, int field, __m512 weights, __m512* sums) {
+  each(Range<R>(), [&](auto r) __attribute__((always_inline)) {
+    const int i = r * kSets<R> + field % kSets<R>;
+    sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * stride]), weights, sums[i]);
+  });
+}
+
+template <int Bits, int R>
+inline __attribute__((always_inline)) void step_float(
+    const float* x, int64_t stride, const uint8_t* w, __m512 codes, __m512* sums) {
+  if constexpr (Bits == 8) {
+    each(Range<4>(), [&](auto k) __attribute__((always_inline)) { add<R>(x + k, stride, k, widen(w + k * kPanel), sums); });
+  } else {
+    const __m512i word = _mm512_loadu_si512(w);
+    constexpr int per_byte = 8 / Bits;
+    each(Range<32 / Bits>(), [&](auto i) __attribute__((always_inline)) {
+      add<R>(x + i % per_byte * 4 + i / per_byte, stride, i, code<Bits>(word, i, codes), sums);
+    });
+  }
+}
+
+template <int Bits, int R>
+void rows_float(const FloatRows& x, const uint8_t* w, const StreamLayout& l, float* out) {
+  constexpr int sets = kSets<R>;
+  const __m512 codes = table<Bits == 8 ? 4 : Bits>();
+  __m512 y[R];
+  each(Range<R>(), [&](auto r) __attribute__((always_inline)) { y[r] = _mm512_setzero_ps(); });
+  const float* values = x.values;
   for (int64_t g = 0; g < l.groups; g++) {
-    __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
-    const __m512 codes = Bits == 8 ? a : table<Bits == 8 ? 4 : Bits>();
-    for (int64_t s = l.steps_of(g); s > 0; s--, w += kStepBytes, x += 32 / Bits) {
+    __m512 sums[R * sets];
+    each(Range<R * sets>(), [&](auto i) __attribute__((always_inline)) { sums[i] = _mm512_setzero_ps(); });
+    for (int64_t s = l.steps_of(g); s > 0; s--, w += kStepBytes, values += 32 / Bits) {
       ahead(w);
-      if constexpr (Bits == 8) {
-        a = _mm512_fmadd_ps(_mm512_set1_ps(x[0]), widen(w), a);
-        b = _mm512_fmadd_ps(_mm512_set1_ps(x[1]), widen(w + 16), b);
-        c = _mm512_fmadd_ps(_mm512_set1_ps(x[2]), widen(w + 32), c);
-        d = _mm512_fmadd_ps(_mm512_set1_ps(x[3]), widen(w + 48), d);
-      } else {
-        const __m512i word = _mm512_loadu_si512(w);
-        constexpr int per_byte = 8 / Bits;
-#pragma GCC unroll 16
-        for (int i = 0; i < 32 / Bits; i += 4) {
-          const auto at = [&](int f) { return _mm512_set1_ps(x[f % per_byte * 4 + f / per_byte]); };
-          a = _mm512_fmadd_ps(at(i), code<Bits>(word, i, codes), a);
-          b = _mm512_fmadd_ps(at(i + 1), code<Bits>(word, i + 1, codes), b);
-          c = _mm512_fmadd_ps(at(i + 2), code<Bits>(word, i + 2, codes), c);
-          d = _mm512_fmadd_ps(at(i + 3), code<Bits>(word, i + 3, codes), d);
-        }
-      }
+      step_float<Bits, R>(values, x.stride, w, codes, sums);
     }
     ahead(w);
-    y = _mm512_fmadd_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)), _mm512_loadu_ps(w), y);
+    each(Range<R>(), [&](auto r) __attribute__((always_inline)) {
+      constexpr int i = r * sets;
+      __m512 sum = _mm512_add_ps(sums[i], sums[i + 1]);
+      if constexpr (sets == 4) sum = _mm512_add_ps(sum, _mm512_add_ps(sums[i + 2], sums[i + 3]));
+      y[r] = _mm512_fmadd_ps(sum, _mm512_loadu_ps(w), y[r]);
+    });
     w += l.tail;
   }
-  _mm512_storeu_ps(out, y);
+  each(Range<R>(), [&](auto r) __attribute__((always_inline)) { _mm512_storeu_ps(out + r * kPanel, y[r]); });
 }
 
 inline __m512i sums_w(const Tail& tail) {
@@ -81,103 +101,46 @@ inline __m512 scaled(__m512i sums, float scale_x, __m512 scale_w) {
   return _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(_mm512_set1_ps(scale_x), scale_w));
 }
 
-void row_integer(const IntegerRows& x, const uint8_t* panel, const StreamLayout& l, float* out) {
+template <int R>
+void rows_integer(const IntegerRows& x, const uint8_t* panel, const StreamLayout& l, float* out, int32_t* sums) {
   const __m512i low = _mm512_set1_epi8(15);
-  __m512 y = _mm512_setzero_ps();
+  __m512 y[R];
+  each(Range<R>(), [&](auto r) __attribute__((always_inline)) { y[r] = _mm512_setzero_ps(); });
   const int8_t* codes = x.codes;
   const uint8_t* w = panel;
   for (int64_t g = 0; g < l.groups; g++) {
     const Tail tail(panel, l, g);
-    __m512i a = start(sums_w(tail), x.shifts[0], x.corrections[g]), b = _mm512_setzero_si512();
+    const __m512i sum_w = sums_w(tail);
+    const __m512 scale = _mm512_loadu_ps(tail.scales);
+    __m512i a[R], b[R];
+    each(Range<R>(), [&](auto r) __attribute__((always_inline)) {
+      a[r] = start(sum_w, x.shifts[r], x.corrections[r * l.groups + g]), b[r] = _mm512_setzero_si512();
+    });
     for (int64_t s = l.steps_of(g); s > 0; s--, w += kStepBytes, codes += 8) {
       ahead(w);
       const __m512i v = _mm512_loadu_si512(w);
-      a = _mm512_dpbusd_epi32(a, _mm512_and_si512(v, low), broadcast4(codes));
-      b = _mm512_dpbusd_epi32(b, _mm512_and_si512(_mm512_srli_epi16(v, 4), low), broadcast4(codes + 4));
+      const __m512i lower = _mm512_and_si512(v, low), upper = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
+      each(Range<R>(), [&](auto r) __attribute__((always_inline)) {
+        a[r] = _mm512_dpbusd_epi32(a[r], lower, broadcast4(codes + r * x.stride));
+        b[r] = _mm512_dpbusd_epi32(b[r], upper, broadcast4(codes + r * x.stride + 4));
+      });
     }
-    y = _mm512_add_ps(y, scaled(_mm512_add_epi32(a, b), x.scales[0], _mm512_loadu_ps(tail.scales)));
     ahead(w);
     w += l.tail;
+    each(Range<R>(), [&](auto r) __attribute__((always_inline)) {
+      const __m512i sum = _mm512_add_epi32(a[r], b[r]);
+      y[r] = _mm512_add_ps(y[r], scaled(sum, x.scales[r], scale));
+      if (sums != nullptr) _mm512_storeu_si512(sums + (r * l.groups + g) * kPanel, sum);
+    });
   }
-  _mm512_storeu_ps(out, y);
-}
-
-void unpack_float(const uint8_t* panel, const StreamLayout& l, int64_t first, int64_t last, float* to) {
-  const __m512i mask = _mm512_set1_epi32((1 << l.bits) - 1), bias = _mm512_set1_epi32(static_cast<int32_t>(l.bias()));
-  const int64_t per_byte = 8 / l.bits;
-  for (int64_t s = first; s < last; s++, to += l.step_k * kPanel) {
-    const uint8_t* w = panel + l.step_at(s);
-    const __m512 scale = _mm512_loadu_ps(panel + l.tail_at(s / l.group_steps));
-    const __m512i word = _mm512_loadu_si512(w);
-    for (int64_t i = 0; i < l.step_k; i++) {
-      const int64_t k = i % per_byte * 4 + i / per_byte;
-      const __m512i code = _mm512_and_si512(_mm512_srli_epi32(word, static_cast<unsigned>(i * l.bits)), mask);
-      const __m512 value = l.bits == 8 ? widen(w + i * kPanel) : _mm512_cvtepi32_ps(_mm512_sub_epi32(code, bias));
-      _mm512_storeu_ps(to + k * kPanel, _mm512_mul_ps(value, scale));
-    }
-  }
-}
-
-void unpack_bytes(const uint8_t* panel, const StreamLayout& l, int64_t first, int64_t last, uint8_t* to) {
-  const __m512i low = _mm512_set1_epi8(15);
-  for (int64_t s = first; s < last; s++, to += 2 * kStepBytes) {
-    const __m512i v = _mm512_loadu_si512(panel + l.step_at(s));
-    _mm512_storeu_si512(to, _mm512_and_si512(v, low));
-    _mm512_storeu_si512(to + kStepBytes, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
-  }
-}
-
-// R rows x 16 columns, one accumulator a row.
-#define LOAD_FLOAT(r) __m512 a##r = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kPanel);
-#define FMA(r) a##r = _mm512_fmadd_ps(_mm512_set1_ps(x[r * ldx]), v, a##r);
-#define STORE_FLOAT(r) _mm512_storeu_ps(sums + r * kPanel, a##r);
-#define LOAD_INTEGER(r) __m512i a##r = first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums + r * kPanel);
-#define DOT(r) a##r = _mm512_dpbusd_epi32(a##r, v, broadcast4(x + r * stride));
-#define STORE_INTEGER(r) _mm512_storeu_si512(sums + r * kPanel, a##r);
-#define TILES(R)                                                                                                  \
-  void tile_float_##R(const float* x, int64_t ldx, const float* w, int64_t k, bool first, float* sums) {          \
-    FXQUANT_ROWS_##R(LOAD_FLOAT) for (; k > 0; k--, w += kPanel, x++) {                                           \
-      const __m512 v = _mm512_loadu_ps(w);                                                                        \
-      FXQUANT_ROWS_##R(FMA)                                                                                       \
-    }                                                                                                             \
-    FXQUANT_ROWS_##R(STORE_FLOAT)                                                                                 \
-  }                                                                                                               \
-  void tile_integer_##R(const int8_t* x, int64_t stride, const uint8_t* w, int64_t k4, bool first, int32_t* sums) { \
-    FXQUANT_ROWS_##R(LOAD_INTEGER) for (; k4 > 0; k4--, w += kStepBytes, x += 4) {                                \
-      const __m512i v = _mm512_loadu_si512(w);                                                                    \
-      FXQUANT_ROWS_##R(DOT)                                                                                       \
-    }                                                                                                             \
-    FXQUANT_ROWS_##R(STORE_INTEGER)                                                                               \
-  }
-TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8) TILES(9) TILES(10) TILES(11) TILES(12)
-
-constexpr void (*kTileFloat[])(const float*, int64_t, const float*, int64_t, bool, float*) = {
-    tile_float_1, tile_float_2, tile_float_3, tile_float_4,  tile_float_5,  tile_float_6,
-    tile_float_7, tile_float_8, tile_float_9, tile_float_10, tile_float_11, tile_float_12};
-constexpr void (*kTileInteger[])(const int8_t*, int64_t, const uint8_t*, int64_t, bool, int32_t*) = {
-    tile_integer_1, tile_integer_2, tile_integer_3, tile_integer_4,  tile_integer_5,  tile_integer_6,
-    tile_integer_7, tile_integer_8, tile_integer_9, tile_integer_10, tile_integer_11, tile_integer_12};
-
-void tile_float(const float* x, int64_t ldx, int64_t rows, const float* w, int64_t k, bool first, float* sums) {
-  kTileFloat[rows - 1](x, ldx, w, k, first, sums);
-}
-
-void tile_integer(const int8_t* x, int64_t stride, int64_t rows, const uint8_t* w, int64_t k4, bool first, int32_t* sums) {
-  kTileInteger[rows - 1](x, stride, w, k4, first, sums);
-}
-
-void fold(const int32_t* sums, const IntegerRows& x, int64_t groups, int64_t g, const Tail& tail, int64_t rows, float* out) {
-  const __m512i sum_w = sums_w(tail);
-  const __m512 scale = _mm512_loadu_ps(tail.scales);
-  for (int64_t r = 0; r < rows; r++, sums += kPanel, out += kPanel) {
-    const __m512i sum = _mm512_add_epi32(_mm512_loadu_si512(sums), start(sum_w, x.shifts[r], x.corrections[r * groups + g]));
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), scaled(sum, x.scales[r], scale)));
-  }
+  each(Range<R>(), [&](auto r) __attribute__((always_inline)) { _mm512_storeu_ps(out + r * kPanel, y[r]); });
 }
 
 }  // namespace
 
-const StreamKernels kStreamAvx512Vnni = {{row_float<2>, row_float<4>, row_float<8>}, row_integer, unpack_float,
-                                         unpack_bytes, tile_float, tile_integer, fold, 12, 12, false};
+const StreamKernels kStreamAvx512Vnni = {{{rows_float<2, 1>, rows_float<2, 2>, rows_float<2, 3>, rows_float<2, 4>},
+                                          {rows_float<4, 1>, rows_float<4, 2>, rows_float<4, 3>, rows_float<4, 4>},
+                                          {rows_float<8, 1>, rows_float<8, 2>, rows_float<8, 3>, rows_float<8, 4>}},
+                                         {rows_integer<1>, rows_integer<2>, rows_integer<3>, rows_integer<4>}, false};
 
 }  // namespace fxquant::stream

@@ -21,8 +21,8 @@ constexpr uint32_t kStreamMagic = 0x53515846;  // "FXQS"
 constexpr uint32_t kStreamVersion = 1;
 constexpr int64_t kStepBytes = 64;
 constexpr int64_t kAhead = 2048;    // bytes of prefetch: covers the latency of DRAM at the rate that one core can read
-constexpr int64_t kRowBlock = 128;  // rows that one unpacked block of a panel is used for
-constexpr int64_t kBlock = 256;     // k values of an unpacked block: 16 KiB as float, half of a first-level cache
+constexpr int64_t kRowBlock = 128;  // rows that meet a panel while it is in cache
+constexpr int64_t kPass = 4;        // rows of one pass over a panel: their sums and its codes fill 16 registers
 
 struct StreamHeader {
   uint32_t magic, version;
@@ -61,18 +61,26 @@ struct Place {
 };
 
 // Scratch memory of m rows. Integer activations: scale float [m], 128 - zero point int32 [m], minus 2^(b-1) times the sum
-// of the shifted codes of each group int32 [m][groups], shifted codes int8 [m][stride]. Float activations, one row only:
-// x float [padded k], scaled for the masks of a word where kernels mask in place, minus 2^(b-1) times the sum of x over each group float [groups].
+// of the shifted codes of each group int32 [m][groups], shifted codes int8 [m][stride]. Float activations: minus 2^(b-1)
+// times the sum of x over each group float [m][groups], x float [m][stride bytes], scaled for the masks of a word where
+// kernels mask in place.
 struct StreamScratch {
   int64_t shifts, corrections, codes, stride, bytes;
 
   StreamScratch(const StreamLayout& l, int64_t m) {
     shifts = align64(m * 4);
-    corrections = l.is_integer ? 2 * shifts : align64(l.padded_k() * 4);
-    codes = corrections + align64((l.is_integer ? m : 1) * l.groups * 4);
-    stride = align64(l.padded_k()) | 64;  // odd in cache lines, as in layout.h
-    bytes = l.is_integer ? codes + m * stride : codes;
+    corrections = l.is_integer ? 2 * shifts : 0;
+    codes = corrections + align64(m * l.groups * 4);
+    stride = align64(l.padded_k() * (l.is_integer ? 1 : 4)) | 64;  // odd in cache lines, as in layout.h
+    bytes = codes + m * stride;
   }
+};
+
+// Prepared float rows.
+struct FloatRows {
+  const float* values;
+  int64_t stride;            // in floats
+  const float* corrections;  // [rows][groups]
 };
 
 // Quantized rows: codes - 128, and what each needs to turn sums of products into sum_k (q - zero_point) w.
@@ -98,20 +106,11 @@ struct Tail {
 };
 
 struct StreamKernels {
-  // One row, one panel -> 16 values; by bits 2, 4, 8. Null: the tile kernels do it.
-  void (*row_float[3])(const float* x, const float* corrections, const uint8_t* panel, const StreamLayout& l, float* out);
-  void (*row_integer)(const IntegerRows& x, const uint8_t* panel, const StreamLayout& l, float* out);
-  // Steps first .. last of a panel as float [k][16], scales multiplied in.
-  void (*unpack_float)(const uint8_t* panel, const StreamLayout& l, int64_t first, int64_t last, float* to);
-  // Steps first .. last of a 4-bit panel as unsigned bytes [k / 4][16 columns][4 k].
-  void (*unpack_bytes)(const uint8_t* panel, const StreamLayout& l, int64_t first, int64_t last, uint8_t* to);
-  // sums[rows][16] = (first ? 0 : sums) + x w over k values.
-  void (*tile_float)(const float* x, int64_t ldx, int64_t rows, const float* w, int64_t k, bool first, float* sums);
-  void (*tile_integer)(const int8_t* x, int64_t stride, int64_t rows, const uint8_t* w, int64_t k4, bool first, int32_t* sums);
-  // out[rows][16] += float(sums + correction + shift * sum_w) * (scale_x * scale_w) for group g.
-  void (*fold)(const int32_t* sums, const IntegerRows& x, int64_t groups, int64_t g, const Tail& tail, int64_t rows, float* out);
-  int64_t rows_float, rows_integer;  // most rows of one tile
-  bool masks_in_place;               // row_float wants x scaled down by what masks leave codes shifted up
+  // 1 to kPass rows, one panel -> out[rows][16]; [bits 2, 4, 8][rows - 1].
+  void (*rows_float[3][kPass])(const FloatRows& x, const uint8_t* panel, const StreamLayout& l, float* out);
+  // `sums`, where it is not null, gets the sums of the groups too: int32 [rows][groups][16].
+  void (*rows_integer[kPass])(const IntegerRows& x, const uint8_t* panel, const StreamLayout& l, float* out, int32_t* sums);
+  bool masks_in_place;  // rows_float wants x scaled down by what masks leave codes shifted up
 };
 
 extern const StreamKernels kStreamScalar, kStreamAvx2, kStreamAvx512Vnni;
