@@ -6,9 +6,11 @@
 
 namespace fxquant::attention {
 
-inline void transpose8(const float* a, int64_t ld, float factor, float* to, int64_t ldt) {
+// load(p) reads eight values of a row.
+template <typename Load>
+inline void transpose8(const float* a, int64_t ld, float* to, int64_t ldt, Load load) {
   __m256 r[8], t[8];
-  for (int i = 0; i < 8; i++) r[i] = _mm256_mul_ps(_mm256_loadu_ps(a + i * ld), _mm256_set1_ps(factor));
+  for (int i = 0; i < 8; i++) r[i] = load(a + i * ld);
   for (int i = 0; i < 4; i++) {
     t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
@@ -23,6 +25,16 @@ inline void transpose8(const float* a, int64_t ld, float factor, float* to, int6
     _mm256_storeu_ps(to + i * ldt, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
     _mm256_storeu_ps(to + (i + 4) * ldt, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
+}
+
+// Words as they are: a product, even with 1, would change the bits of some.
+inline void transpose8(const float* a, int64_t ld, float* to, int64_t ldt) {
+  transpose8(a, ld, to, ldt, [](const float* p) { return _mm256_loadu_ps(p); });
+}
+
+inline void transpose8(const float* a, int64_t ld, float factor, float* to, int64_t ldt) {
+  const __m256 by = _mm256_set1_ps(factor);
+  transpose8(a, ld, to, ldt, [by](const float* p) { return _mm256_mul_ps(_mm256_loadu_ps(p), by); });
 }
 
 inline __m256 swapped_halves(__m256 a) { return _mm256_permute2f128_ps(a, a, 1); }

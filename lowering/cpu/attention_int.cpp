@@ -22,7 +22,7 @@ constexpr const IntKernels* kInts[] = {&kIntScalar, &kIntAvx2, &kIntAvxVnni, &kI
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kScoreStride = kKeyBlock + 16;  // rows of scores do not share one set of the first-level cache
 constexpr int64_t kWeightStride = kKeyBlock * 2 + 64;
-constexpr int64_t kMostRows = 12;
+constexpr int64_t kRowBlock = 96;  // rows of a task
 constexpr int64_t kAloneProducts = 1 << 16;  // below it, waking a second thread costs more than it does
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kOnes[kPanelKeys] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -52,7 +52,7 @@ struct Job {
         panels((p.keys + kPanelKeys - 1) / kPanelKeys),
         words(product.words(p.depth)),
         stride(up(words * 4, 32)),
-        values_padded(up(p.value_depth, floats.panel)),
+        values_padded(up(p.value_depth, panel())),
         value_words(up(p.keys, ints.mixture.keys_a_word()) / ints.mixture.keys_a_word()),
         factor(static_cast<float>(static_cast<double>(p.scale) * kLog2E)) {}
 
@@ -119,6 +119,7 @@ struct Job {
            r % p.queries * p.out_stride[2];
   }
   int64_t limit(int64_t r) const { return p.causal ? std::min(r % p.queries + 1, p.keys) : p.keys; }
+  int64_t panel() const { return 2 * floats.lanes; }  // columns of a panel of float values
   int64_t value_panels() const { return (p.value_depth + kPanelKeys - 1) / kPanelKeys; }
   int64_t blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
 
@@ -212,14 +213,7 @@ void Job::pack_values(int64_t head, int64_t from, int64_t end, const Head& to) c
                         to.value_panels + j / step * 64, value_words * 64);
     return;
   }
-  for (int64_t c = 0; c < p.value_depth; c += floats.panel) {
-    const int64_t width = std::min(floats.panel, p.value_depth - c);
-    for (int64_t j = from; j < end; j++) {
-      float* row = to.values + c * p.keys + j * floats.panel;
-      std::memcpy(row, value(head, j) + c, width * 4);
-      std::memset(row + width, 0, (floats.panel - width) * 4);
-    }
-  }
+  floats.pack_values(value(head, from), p.v_stride[2], end - from, p.value_depth, to.values + from * panel(), p.keys * panel());
 }
 
 // s[j] += log2(e) mask[j]. A finite mask stays finite, so that a row of the lowest float is uniform, not empty.
@@ -292,19 +286,26 @@ void Job::strip(int64_t head, int64_t first, int64_t r, int64_t count, int64_t k
   if (used <= 0) return;
   if (trace.sums != nullptr) trace_sums(head, first, r, count, k0, used, from, scratch);
   score(r, count, k0, used, from, scratch);
-  float* out = scratch.out + r * values_padded;
+  int64_t own[kMostRows];
   for (int64_t i = 0; i < count; i++) {
-    const int64_t row = first + r + i, own = std::clamp<int64_t>(limit(row) - k0, 0, used);
-    float *s = scratch.scores + i * kScoreStride, *top = scratch.top + r + i, *sum = scratch.sum + r + i;
-    uint8_t* weights = scratch.weights + i * kWeightStride;
-    add_mask(head, row, k0, own, s);
-    const float by = is_mixed ? ints.mixture.weigh(s, own, up(used, kPanelKeys), weights, top, sum)
-                              : floats.softmax(s, own, up(used, floats.panel), top, sum);
-    if (k0 > 0 && by != 1.f)
-      for (int64_t c = 0; c < values_padded; c++) out[i * values_padded + c] *= by;
-    if (is_mixed && trace.weights != nullptr)
-      copy_weights(weights, own, trace.weights + query_row(head, row) * p.keys + k0);
+    own[i] = std::clamp<int64_t>(limit(first + r + i) - k0, 0, used);
+    add_mask(head, first + r + i, k0, own[i], scratch.scores + i * kScoreStride);
   }
+  float *out = scratch.out + r * values_padded, *top = scratch.top + r, *sum = scratch.sum + r;
+  Weights w{scratch.scores, kScoreStride, count, 0, {}, {}, {}};
+  if (is_mixed) {
+    for (int64_t i = 0; i < count; i++) {
+      uint8_t* weights = scratch.weights + i * kWeightStride;
+      w.factor[i] = ints.mixture.weigh(scratch.scores + i * kScoreStride, own[i], up(used, kPanelKeys), weights, top + i, sum + i);
+      if (trace.weights != nullptr) copy_weights(weights, own[i], trace.weights + query_row(head, first + r + i) * p.keys + k0);
+    }
+  } else {
+    floats.start_weights(w, own, used, top, sum);
+    floats.finish_weights(w, sum);
+  }
+  for (int64_t i = 0; i < count && k0 > 0; i++)
+    if (w.factor[i] != 1.f)
+      for (int64_t c = 0; c < values_padded; c++) out[i * values_padded + c] *= w.factor[i];
   is_mixed ? mix(count, k0, used, from, scratch, out) : mix_floats(count, k0, used, from, scratch, out);
 }
 
@@ -318,10 +319,8 @@ void Job::mix(int64_t count, int64_t k0, int64_t used, const Head& from, const S
 }
 
 void Job::mix_floats(int64_t count, int64_t k0, int64_t used, const Head& from, const Scratch& scratch, float* out) const {
-  for (int64_t c = 0; c < p.value_depth; c += floats.panel)
-    (p.value_depth - c > floats.panel / 2 ? floats.wide : floats.narrow)[count - 1](
-        scratch.scores, kScoreStride, from.values + c * p.keys + k0 * floats.panel, floats.panel, used, out + c,
-        values_padded, k0 == 0);
+  floats.product[count - 1](scratch.scores, kScoreStride, from.values + k0 * panel(), p.keys * panel(), p.value_depth, used, out,
+                            values_padded, k0 == 0, nullptr, nullptr);
 }
 
 // A row whose keys are all masked away has sum 0 and output 0.
