@@ -1,8 +1,11 @@
 // AVX2: 6-bit codes by vpmaddubsw in 16-bit segments, 8-bit codes by vpmaddwd; 6 x 16 tiles.
 #include "attention_int_avx2.h"
+#include "mac_avx2.h"
 
 namespace fxquant::attention {
 namespace {
+
+using avx2::mac32;
 
 // acc += maddubs(x, w) in 16 bits. The two-instruction form keeps gcc from hoisting loads and spilling accumulators.
 inline void mac16(__m256i& acc, __m256i x, __m256i w) {
@@ -13,18 +16,6 @@ inline void mac16(__m256i& acc, __m256i x, __m256i w) {
                : [w] "x"(w), [x] "x"(x));
 #else
   acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(x, w));
-#endif
-}
-
-// acc += madd(x, w) in 32 bits, for the same reason.
-inline void mac32(__m256i& acc, __m256i x, __m256i w) {
-#if defined(__GNUC__) && !defined(FXQUANT_SIMDE)
-  __m256i t;
-  asm volatile("vpmaddwd %[w], %[x], %[t]\n\tvpaddd %[t], %[acc], %[acc]"
-               : [acc] "+x"(acc), [t] "=&x"(t)
-               : [w] "x"(w), [x] "x"(x));
-#else
-  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(x, w));
 #endif
 }
 

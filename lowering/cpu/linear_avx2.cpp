@@ -1,9 +1,12 @@
 // AVX2: vpmaddubsw into 16-bit accumulators over proven segments (up to 15 bits), vpmaddwd on 16-bit codes for 8 x 8.
 #include "linear_avx2.h"
+#include "mac_avx2.h"
 #include "rows.h"
 
 namespace fxquant {
 namespace {
+
+using avx2::mac32;
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -74,18 +77,6 @@ void panel_15(const uint8_t* codes, int64_t stride, int64_t rows, const uint8_t*
                        reinterpret_cast<const int16_t*>(packed + layout.centres) + p * layout.capacity * 32,
                        reinterpret_cast<const int32_t*>(packed + layout.counts)[p],
                        reinterpret_cast<const int32_t*>(packed + layout.starts) + p * 16, sums);
-}
-
-// acc += madd(x, w) in 32 bits, for the same reason as mac16.
-inline void mac32(__m256i& acc, __m256i x, __m256i w) {
-#if defined(__GNUC__) && !defined(FXQUANT_SIMDE)
-  __m256i t;
-  asm volatile("vpmaddwd %[w], %[x], %[t]\n\tvpaddd %[t], %[acc], %[acc]"
-               : [acc] "+x"(acc), [t] "=&x"(t)
-               : [w] "x"(w), [x] "x"(x));
-#else
-  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(x, w));
-#endif
 }
 
 // R rows x 8 columns, 16-bit codes against sign-extended weights: vpmaddwd is exact. Each accumulator holds four
