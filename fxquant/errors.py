@@ -8,6 +8,7 @@ FxQuantError                    base of all errors
 ├── VerifyError                 a stage left an illegal graph behind (caught: the graph stays float)
 ├── KernelBuildError            the kernel library cannot be built or loaded
 ├── PackError                   a weight cannot be packed
+├── FormatError                 a number format or granularity does not fit the tensor or the values
 ├── CalibrationError            data, a method or a calibration file is wrong
 └── ReportError                 there is nothing to report on
 
@@ -47,6 +48,10 @@ class KernelBuildError(FxQuantError, RuntimeError):
 
 class PackError(FxQuantError, ValueError):
     """A weight cannot be packed for the kernels."""
+
+
+class FormatError(FxQuantError, ValueError):
+    """A number format or a granularity does not fit a tensor, or its parameters are out of range."""
 
 
 class CalibrationError(FxQuantError, ValueError):
