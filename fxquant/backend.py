@@ -29,7 +29,7 @@ from fxquant.passes.fuse import FUSIONS
 from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.fuse.linear import fuse_linears
 from fxquant.passes.fuse.rows import fuse_rows
-from fxquant.passes.quantize.linear import add_static_inputs, quantize_linear
+from fxquant.passes.quantize.linear import add_slot_inputs, quantize_linear
 from fxquant.passes.recognise import recognise
 from fxquant.passes.verify import verify
 from fxquant.plan import names_absent_weight, refuse_patterns, unmatched_patterns
@@ -197,9 +197,9 @@ def _lower(captured: Captured, planned: Planned, chains: bool, graph: CompiledGr
     gm, copies = _copy_graph(captured.gm)
     stage = graph.stage if graph is not None else _untimed
     with stage("quantize", gm):
-        static = add_static_inputs(gm.graph, planned.slots.values(), captured.fake_mode)
+        inputs = add_slot_inputs(gm.graph, planned.slots.values(), captured.fake_mode)
         linears = {
-            quantize_linear(copies[planned.nodes[site]], slot.scheme, captured.fake_mode, static.get(slot)): slot
+            quantize_linear(copies[planned.nodes[site]], slot, inputs.get(slot, {}), captured.fake_mode): slot
             for site, slot in planned.slots.items()
         }
         verify(gm, "quantize")
@@ -210,8 +210,7 @@ def _lower(captured: Captured, planned: Planned, chains: bool, graph: CompiledGr
             problem = _fuse_other(copies[node], verdict, captured.fake_mode)
             if problem is not None and graph is not None:
                 graph.keep_operator([site for site, of in planned.nodes.items() if of is node], problem)
-        blobs = {site: packed.blob for site, packed in planned.packed.items() if packed.blob is not None}
-        slots, kept = fuse_linears(gm, captured.fake_mode, linears, blobs)
+        slots, kept = fuse_linears(gm, captured.fake_mode, linears, planned.packed)
         made = fuse_rows(gm, captured.fake_mode) if chains else []
         if graph is not None:
             graph.add_chains("fuse", made)

@@ -18,7 +18,8 @@ from torch import Tensor, fx
 
 from fxquant._compat import FakeTensorMode
 from fxquant.calibration.qparams import StaticQParams
-from fxquant.schemes import Scheme
+from fxquant.calibration.site import Migration, StaticCoding, WeightCodes
+from fxquant.schemes import LinearScheme
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,15 @@ class FrozenValue:
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed weight with its error, or the sentence why it cannot be packed."""
+    """A packed weight with its error, or the sentence why it cannot be packed.
+
+    ``correction`` [N] is what a shift of the input moves into the bias: the weight times it.
+    """
 
     blob: Tensor | None
     sqnr_db: float | None = None
     reason: str | None = None
+    correction: Tensor | None = None
 
     def without_contents(self) -> "Packed":
         """The same outcome with one byte that only has the blob's shape, for what must not keep weights alive."""
@@ -49,16 +54,31 @@ class Packed:
 
 @dataclass(frozen=True)
 class Slot:
-    """One packed graph input: where its weight comes from and how it is coded; ``static`` is set for a static scheme.
+    """One packed graph input: where its weight comes from and how it is coded.
 
-    Without a scheme the weight stays float32, in the panels that our float kernel reads.
+    ``static`` is set for a static scheme, ``migration`` where a part of the input moves into the weight, ``codes`` where a
+    calibration rounded it. Without a scheme the weight stays float32, in the panels that our float kernel reads.
     """
 
     site: str
     weight: FrozenValue
-    scheme: Scheme | None
-    pack: Callable[[Tensor, Scheme | None], Packed]
-    static: StaticQParams | None = None
+    scheme: LinearScheme | None
+    pack: Callable[[Tensor, LinearScheme | None], Packed]
+    static: StaticQParams | StaticCoding | None = None
+    migration: Migration | None = None
+    codes: WeightCodes | None = None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the graph reads besides the packed weight, by name."""
+        parts = [part.inputs for part in (self.static, self.migration) if part is not None]
+        return {name: value for part in parts for name, value in part.items()}
+
+    @property
+    def rounded(self) -> Tensor:
+        """The value of a weight that a calibration rounded, float32 [N, K], in the place of the weight times the factor."""
+        assert self.codes is not None
+        return self.codes.value / self.static.steps if isinstance(self.static, StaticQParams) else self.codes.value
 
 
 @dataclass(frozen=True)
@@ -150,10 +170,11 @@ class Binder:
 
 
 def leading_inputs(slots: Sequence[Slot], packed: Mapping[str, Packed]) -> tuple[Tensor, ...]:
-    """What a graph reads before the user's inputs: steps and zero point of each static slot, then every packed weight."""
-    static = [value for slot in slots if slot.static is not None for value in slot.static.inputs]
-    blobs = [packed[slot.site].blob for slot in slots]
-    return (*static, *(blob for blob in blobs if blob is not None))
+    """What a graph reads before the user's inputs: the vectors of each slot, then every packed weight and correction."""
+    vectors = [value for slot in slots for value in slot.inputs.values()]
+    outcomes = [packed[slot.site] for slot in slots]
+    weights = [value for outcome in outcomes for value in (outcome.blob, outcome.correction) if value is not None]
+    return (*vectors, *weights)
 
 
 def add_input(graph: fx.Graph, name: str, value: Tensor, fake_mode: FakeTensorMode) -> fx.Node:

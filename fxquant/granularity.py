@@ -9,7 +9,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class Granularity(Protocol):
 class PerTensor:
     """One block."""
 
+    def __str__(self) -> str:
+        return "per tensor"
+
     def blocks(self, x: Tensor) -> Tensor:
         """x as [1, numel]."""
         return x.reshape(1, -1)
@@ -46,6 +49,9 @@ class PerChannel:
     """One block an index of ``axis``."""
 
     axis: int
+
+    def __str__(self) -> str:
+        return f"per channel of axis {self.axis}"
 
     def blocks(self, x: Tensor) -> Tensor:
         """x as [x.shape[axis], rest].
@@ -66,6 +72,9 @@ class PerChannel:
 class PerToken:
     """One block a row of the last axis."""
 
+    def __str__(self) -> str:
+        return "per token"
+
     def blocks(self, x: Tensor) -> Tensor:
         """x as [rows, K]."""
         return x.reshape(-1, x.shape[-1])
@@ -82,6 +91,9 @@ class PerGroup:
 
     size: int
 
+    def __str__(self) -> str:
+        return f"per group of {self.size}"
+
     def __post_init__(self) -> None:
         if self.size < 1:
             raise FormatError(f"a group has at least one value, not {self.size}")
@@ -94,6 +106,9 @@ class PerGroup:
         """The inverse of ``blocks``; the padding is cut off."""
         rows = blocks.reshape(*like.shape[:-1], -1)
         return rows[..., : like.shape[-1]]
+
+
+GRANULARITIES: dict[str, Any] = {kind.__name__: kind for kind in (PerTensor, PerChannel, PerToken, PerGroup)}
 
 
 def blockwise_extent(blocks: Tensor) -> tuple[Tensor, Tensor]:

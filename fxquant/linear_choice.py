@@ -16,7 +16,7 @@ from fxquant.config import FxQuantConfig
 from fxquant.lowering.timings import GAIN, Timing, linear_timing
 from fxquant.passes.quantize.linear import conditions
 from fxquant.plan import resolve_scheme, setting_for
-from fxquant.schemes import Scheme
+from fxquant.schemes import LinearScheme
 from fxquant.sites import Site
 
 # Without a table of measured times auto leaves a linear float below this many weights: for 16 to 128 rows, quantizing
@@ -38,7 +38,7 @@ class LinearChoice:
     ``is_auto``: the user left the choice to us. ``own_float``: our float kernel runs the linear if its scheme does not.
     """
 
-    scheme: Scheme | None = None
+    scheme: LinearScheme | None = None
     reason: str | None = None
     timing: Timing | None = None
     is_auto: bool = False
@@ -58,6 +58,8 @@ def choose_linear(node: fx.Node, site: Site, config: FxQuantConfig, isa: str) ->
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return LinearChoice(reason="an operand is no tensor of the graph")
     setting = setting_for(site, config)
+    if setting == "auto" and config.calibration is not None:
+        setting = config.calibration.scheme_of(site.name) or setting
     for sentence, holds in conditions(x, weight):
         if not holds:
             return LinearChoice(reason="the options ask for float" if setting == "float" else sentence)
@@ -70,7 +72,7 @@ def choose_linear(node: fx.Node, site: Site, config: FxQuantConfig, isa: str) ->
     return LinearChoice(None if isinstance(scheme, str) or reason else scheme, reason, timing, True, own_float)
 
 
-def too_slow(scheme: Scheme, timing: Timing | None, own_float: bool, weights: int, isa: str) -> str | None:
+def too_slow(scheme: LinearScheme, timing: Timing | None, own_float: bool, weights: int, isa: str) -> str | None:
     """The sentence why ``auto`` does not take its scheme, with the times that decided; None where it takes it."""
     if timing is None or timing.scheme_us is None:
         few = f"auto: {weights} weights are too few to win over float (fewer than {MIN_WEIGHTS})"
@@ -101,12 +103,17 @@ def float_kernel_wins(node: fx.Node, timing: Timing) -> bool:
 
 def site_timing(node: fx.Node, scheme: str | None, isa: str) -> Timing | None:
     """What the measured table promises for a linear at the sizes of the call that is compiled; None where it has none."""
-    x, weight = node.args[0].meta["val"], node.args[1].meta["val"]  # type: ignore[union-attr]
-    rows = [size_hint(size) for size in x.shape[:-1]]
-    if None in rows:
+    rows = rows_hint(node)
+    if rows is None:
         return None
-    n, k = weight.shape
-    return linear_timing(isa, scheme, math.prod(size for size in rows if size is not None), k, n)
+    n, k = node.args[1].meta["val"].shape  # type: ignore[union-attr]
+    return linear_timing(isa, scheme, rows, k, n)
+
+
+def rows_hint(node: fx.Node) -> int | None:
+    """The rows of a linear's input in the call that is compiled; None where a size is not known."""
+    sizes = [size_hint(size) for size in node.args[0].meta["val"].shape[:-1]]  # type: ignore[union-attr]
+    return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
 
 def not_worth_binding(gain_us: float, weights: int) -> str | None:

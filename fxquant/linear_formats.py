@@ -10,19 +10,21 @@ operator that ``passes/fuse/linear.py`` writes; nothing else in the pipeline kno
 | stream | weight-only and grouped | linear_stream | 2, 4 or 8 bits in the order in which the kernel reads them |
 | lut | 2-bit weights, 2- to 6-bit activations | linear_lut | two bit planes, four k to an index of a 16-entry table |
 
+A scheme that no row takes has no kernel: aten.linear runs on fake-quantized operands, the weight's value float32.
+
 A float linear that our own kernel computes has no scheme: its operator is ``FLOAT_OPERATOR``, its weight float32 in panels
 of 16 columns.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.schemes import Scheme
+from fxquant.schemes import GROUPED, GROUPS, WIDTHS, FormatScheme, LinearScheme, Scheme
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,15 @@ def _pack_stream(codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     return packed
 
 
+def _has_panels(scheme: Scheme) -> bool:
+    return scheme.weight_bits in WIDTHS and scheme.act_bits in WIDTHS and not scheme.group
+
+
+_W4A8 = Scheme(4, 8)  # without groups it has panels
 STREAM = LinearFormat(
     name="stream",
     operator="linear_stream",
-    takes=lambda scheme: scheme.is_weight_only or scheme.group > 0,
+    takes=lambda scheme: str(replace(scheme, group=0)) in GROUPED and scheme.group in (0, *GROUPS) and scheme != _W4A8,
     pack=_pack_stream,
     packed_bytes=lambda n, k, scheme: ops.stream_bytes(n, k, scheme.weight_bits, scheme.act_bits, scheme.group),
     extra=lambda scheme: (scheme.weight_bits, scheme.act_bits, scheme.group),
@@ -74,7 +81,7 @@ STREAM = LinearFormat(
 LUT = LinearFormat(
     name="lut",
     operator="linear_lut",
-    takes=lambda scheme: scheme.weight_bits == 2 and 2 <= scheme.act_bits <= 6,
+    takes=lambda scheme: scheme.weight_bits == 2 and 2 <= scheme.act_bits <= 6 and not scheme.group and not scheme.static,
     pack=_pack_lut,
     packed_bytes=lambda n, k, scheme: ops.packed_lut_bytes(n, k),
     extra=lambda scheme: (scheme.act_bits,),
@@ -82,7 +89,7 @@ LUT = LinearFormat(
 STATIC = LinearFormat(
     name="static",
     operator="linear_static",
-    takes=lambda scheme: scheme.static,
+    takes=lambda scheme: scheme.static and _has_panels(scheme),
     pack=_pack_panel,
     packed_bytes=lambda n, k, scheme: ops.packed_bytes(n, k, scheme.weight_bits, scheme.act_bits),
     extra=lambda scheme: (scheme.weight_bits, scheme.act_bits),
@@ -90,7 +97,7 @@ STATIC = LinearFormat(
 PANEL = LinearFormat(
     name="panel",
     operator="linear_dynamic",
-    takes=lambda scheme: True,
+    takes=_has_panels,
     pack=_pack_panel,
     packed_bytes=lambda n, k, scheme: ops.packed_bytes(n, k, scheme.weight_bits, scheme.act_bits),
     extra=lambda scheme: (scheme.weight_bits, scheme.act_bits),
@@ -99,6 +106,8 @@ FLOAT_OPERATOR = "linear_float"
 FORMATS = (STATIC, STREAM, LUT, PANEL)
 
 
-def format_of(scheme: Scheme) -> LinearFormat:
-    """The first format that takes a scheme."""
-    return next(form for form in FORMATS if form.takes(scheme))
+def format_of(scheme: LinearScheme) -> LinearFormat | None:
+    """The first format that takes a scheme; None where no kernel has it."""
+    if isinstance(scheme, FormatScheme):
+        return None
+    return next((form for form in FORMATS if form.takes(scheme)), None)

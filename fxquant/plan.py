@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxquant.config import FxQuantConfig
 from fxquant.errors import ConfigError
 from fxquant.reach import reach
-from fxquant.schemes import ATTENTION_SCHEMES, Scheme, choose_scheme, parse_scheme
+from fxquant.schemes import ATTENTION_SCHEMES, LinearScheme, choose_scheme, parse_scheme
 from fxquant.sites import Site
 
 # Why a kind stays float that has neither a scheme nor a kernel (passes/fuse); the docs print this table.
@@ -36,7 +36,7 @@ class Decision:
     """
 
     site: Site
-    scheme: Scheme | str | None = None
+    scheme: LinearScheme | str | None = None
     reason: str | None = None
     kernel: str | None = None
     error_class: str | None = None
@@ -76,7 +76,7 @@ class Plan(Mapping[str, Decision]):
         )
 
     @property
-    def taken(self) -> dict[str, Scheme | str]:
+    def taken(self) -> dict[str, LinearScheme | str]:
         """Site name → scheme of every site that is quantized."""
         return {d.site.name: d.scheme for d in self.decisions if d.scheme is not None}
 
@@ -147,7 +147,7 @@ def refuse_patterns(unmatched: Iterable[str], sites: tuple[Site, ...]) -> None:
         raise ConfigError(f"sites: the pattern {pattern!r} matches no site; nearest: {', '.join(map(repr, close))}")
 
 
-def resolve_scheme(setting: str, isa: str) -> Scheme | str:
+def resolve_scheme(setting: str, isa: str) -> LinearScheme | str:
     """The scheme of a setting on an instruction set, or the sentence why it is float."""
     if setting == "float":
         return "the options ask for float"

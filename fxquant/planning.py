@@ -9,22 +9,25 @@ from torch import Tensor, fx
 
 from fxquant.binding import Packed, Slot, frozen_value
 from fxquant.calibration.qparams import StaticQParams
+from fxquant.calibration.site import Migration, SiteCalibration, StaticCoding, WeightCodes, weight_digest
 from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
 from fxquant.linear_choice import FLOAT_TOLERANCE, LinearChoice, choose_linear, not_worth_binding
 from fxquant.linear_formats import FLOAT_OPERATOR, PANEL, STATIC, format_of
-from fxquant.lowering.pack import pack_codes, round_weight, weight_error
+from fxquant.lowering.pack import Codes, Rounded, pack_codes, round_weight, weight_error
 from fxquant.lowering.timings import Timing
 from fxquant.passes.fuse import FUSIONS
 from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.rule import REAL
 from fxquant.plan import FLOAT_KINDS, Decision, Plan, setting_for
-from fxquant.schemes import Scheme
+from fxquant.schemes import LinearScheme
 from fxquant.sites import Site, find_sites, kind_of
 
 # auto leaves a linear float when rounding its weights alone costs more than this in its worst output channel: 20 dB is
 # an error of a tenth, where a user would notice. An explicit scheme has no such guard.
 MIN_WEIGHT_SQNR_DB = 20.0
+NO_KERNEL = "no integer kernel has this scheme: its specification runs in float"
+ANOTHER_WEIGHT = "the weight is not the one that the calibration rounded; calibrate again"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Planned:
     def could_be_static(self) -> list[str]:
         """The taken linears whose scheme has a static form."""
         schemes = {name: slot.scheme for name, slot in self.slots.items() if slot.scheme is not None}
-        return [name for name, scheme in schemes.items() if format_of(scheme) in (PANEL, STATIC)]
+        return [name for name, scheme in schemes.items() if format_of(scheme) in (PANEL, STATIC, None)]
 
     @property
     def changes_nothing(self) -> bool:
@@ -95,12 +98,14 @@ class _Shelf:
     _known: dict[Any, tuple[Slot, Packed]] = field(default_factory=dict)
 
     def take(
-        self, site: Site, weight: fx.Node, scheme: Scheme | None, guarded: bool, static: StaticQParams | None = None
+        self, site: Site, weight: fx.Node, scheme: LinearScheme | None, guarded: bool, known: SiteCalibration | None = None
     ) -> Packed:
         """Give a site its slot, unless the weight cannot be packed: the outcome says so."""
-        key = (weight, scheme, guarded, static)
+        static, migration, codes = (known.static, known.migration, known.codes) if known is not None else (None, None, None)
+        key = (weight, scheme, guarded, static, migration, codes)
         if key not in self._known:
-            slot = Slot(site.name, frozen_value(weight), scheme, Packer(guarded, self.dry_run, static), static)
+            packer = Packer(guarded, self.dry_run, static, migration, codes)
+            slot = Slot(site.name, frozen_value(weight), scheme, packer, static, migration, codes)
             self._known[key] = slot, slot.pack(slot.weight(self.args), scheme)
             self.packed[site.name] = self._known[key][1]
         slot, outcome = self._known[key]
@@ -114,11 +119,13 @@ def _decide_linear(node: fx.Node, site: Site, choice: LinearChoice, config: FxQu
     weight, reason = node.args[1], choice.reason
     if choice.scheme is not None:
         assert isinstance(weight, fx.Node)
-        static, sentence = _calibrated(site, choice.scheme, weight, config)
-        scheme = replace(choice.scheme, static=static is not None)
-        reason = shelf.take(site, weight, scheme, choice.is_auto, static).reason
+        known, sentence = _calibrated(site, choice.scheme, weight, config)
+        scheme = replace(choice.scheme, static=known is not None and known.static is not None)
+        reason = shelf.take(site, weight, scheme, choice.is_auto, known).reason
         if reason is None:
-            return Decision(site, scheme, sentence, kernel=format_of(scheme).operator, error_class="QUANTIZED")
+            form = format_of(scheme)
+            sentence = sentence if form is not None else "; ".join([NO_KERNEL, *([sentence] if sentence else [])])
+            return Decision(site, scheme, sentence, kernel=form.operator if form else None, error_class="QUANTIZED")
     if not choice.own_float:
         return Decision(site, reason=reason)
     assert isinstance(weight, fx.Node)
@@ -139,15 +146,20 @@ def _worthwhile(planned: Planned, choices: Mapping[str, LinearChoice]) -> Planne
     return planned if reason is None else planned.without(dict.fromkeys(sites, reason))
 
 
-def _calibrated(site: Site, scheme: Scheme, weight: fx.Node, config: FxQuantConfig) -> tuple[StaticQParams | None, str | None]:
-    """The static qparams of a site, or None and (where a calibration was given) the sentence why it stays dynamic."""
-    if config.calibration is None or scheme.is_weight_only:
+def _calibrated(
+    site: Site, scheme: LinearScheme, weight: fx.Node, config: FxQuantConfig
+) -> tuple[SiteCalibration | None, str | None]:
+    """What a calibration knows of a site, or None; and (where one was given) the sentence why its input stays dynamic."""
+    if config.calibration is None:
         return None, None
-    if format_of(scheme) is not PANEL:
-        return None, f"dynamic: {scheme} has no kernel with static activations"
+    form = format_of(scheme)
     n, k = weight.meta["val"].shape
     found = config.calibration.find(site.name, str(scheme), (int(n), int(k)))
-    return (None, found) if isinstance(found, str) else (found, None)
+    if scheme.is_weight_only:
+        return (None, None) if isinstance(found, str) else (found, found.note)
+    if form not in (PANEL, None) and (isinstance(found, str) or found.static is not None):
+        return None, f"dynamic: {scheme} has no kernel with static activations"
+    return (None, found) if isinstance(found, str) else (found, found.note)
 
 
 def _decide_other(node: fx.Node, sites: tuple[Site, ...], config: FxQuantConfig, isa: str) -> Verdict | None:
@@ -178,24 +190,30 @@ def float_plan(gm: fx.GraphModule, reason: str) -> Planned:
 class Packer:
     """Packs a weight, or says why it cannot be: not finite, or (``guarded``) rounded too coarsely.
 
-    With ``static`` activations it is the weight times their steps that is packed. Without a scheme it stays float32.
+    It is the weight times the factor of a migration, or times the steps of static qparams, that is packed; ``codes`` are
+    its own where a calibration rounded it. Without a scheme it stays float32.
     """
 
     guarded: bool
     dry_run: bool = False
-    static: StaticQParams | None = None
+    static: StaticQParams | StaticCoding | None = None
+    migration: Migration | None = None
+    codes: WeightCodes | None = None
 
-    def __call__(self, weight: Tensor, scheme: Scheme | None) -> Packed:
+    def __call__(self, weight: Tensor, scheme: LinearScheme | None) -> Packed:
         """The packed weight of shape [out_features, in_features] or a reason."""
         if scheme is None:
             return Packed(None if self.dry_run else torch.ops.fxquant.pack_float(weight))
-        if self.static is not None:
-            weight = weight.to(torch.float32) * self.static.steps
+        effective = self._effective(weight)
         try:
-            rounded = round_weight(weight, scheme)
+            rounded = round_weight(effective, scheme)
         except PackError as problem:
             return Packed(None, reason=str(problem))
-        error = weight_error(weight, rounded)
+        if self.codes is not None:
+            if weight_digest(weight) != self.codes.source:
+                return Packed(None, reason=ANOTHER_WEIGHT)
+            rounded = Codes(self.codes.codes, self.codes.scale, self.codes.group)
+        error = weight_error(effective, rounded)
         if self.guarded and error.worst_db < MIN_WEIGHT_SQNR_DB:
             return Packed(
                 None,
@@ -203,4 +221,19 @@ class Packer:
                 reason=f"auto: rounding the weight costs too much in its worst channel ({error.worst_db:.1f} dB "
                 f"SQNR, {MIN_WEIGHT_SQNR_DB:.0f} dB wanted); an explicit scheme overrides this",
             )
-        return Packed(None if self.dry_run else pack_codes(rounded, scheme), sqnr_db=error.overall_db)
+        blob = None if self.dry_run else self._pack(rounded, scheme)
+        return Packed(blob, sqnr_db=error.overall_db, correction=None if self.dry_run else self._correction(weight))
+
+    def _pack(self, rounded: Codes | Rounded, scheme: LinearScheme) -> Tensor:
+        packed = pack_codes(rounded, scheme)
+        unscaled = format_of(scheme) is None and isinstance(self.static, StaticQParams)
+        return packed / self.static.steps if unscaled and isinstance(self.static, StaticQParams) else packed
+
+    def _effective(self, weight: Tensor) -> Tensor:
+        if self.migration is not None and self.migration.factor is not None:
+            weight = weight.to(torch.float32) * self.migration.factor
+        return weight.to(torch.float32) * self.static.steps if isinstance(self.static, StaticQParams) else weight
+
+    def _correction(self, weight: Tensor) -> Tensor | None:
+        shift = self.migration.shift if self.migration is not None else None
+        return None if shift is None else torch.mv(weight.to(torch.float32), shift)

@@ -33,6 +33,9 @@ VNNI (vpdpbusd) and in the scalar kernels every scheme is summed in 32 bits dire
 | w2a4, w2a6 | exact sums by table look-up |
 | w8a16, w4a16, w2a16, each with or without groups; w4a8 with groups | weights read as one stream, for few rows at a time |
 
+Any other widths of 2 to 8 bits, any other group size, and every scheme by a number format (``fxquant.formats``) have no kernel:
+the specification runs in float, compiled, and the report says so.
+
 ``auto`` lets fxquant pick per site and instruction set; ``float`` leaves a site as it is.
 
 Attention has schemes of its own, which nothing but an option or a pattern asks for (``reference.attention`` has formulas):
@@ -48,9 +51,11 @@ import difflib
 import re
 from dataclasses import dataclass
 
+from fxquant.coding import Coding
 from fxquant.errors import ConfigError
 
 WIDTHS = range(4, 9)  # bits of weights and of activations that the panel kernels know
+BITS = range(2, 9)  # bits of weights and of activations that have a meaning, with a kernel or without
 FLOAT_BITS = 16  # ``a16``: activations stay in the model's float type
 GROUPS = (16, 32, 64, 128, 256)  # whole steps of every streamed format; sums of a group's codes fit 16 bits
 _GRAMMAR = re.compile(r"w(\d{1,2})a(\d{1,2})(?:-g(\d{1,9}))?")
@@ -91,6 +96,27 @@ class Scheme:
         return self.act_bits == FLOAT_BITS
 
 
+@dataclass(frozen=True)
+class FormatScheme:
+    """A linear whose operands are coded in number formats; ``activation`` None leaves the input float.
+
+    The weight's rows and the input's tokens run along the last axis of each.
+    """
+
+    name: str
+    weight: Coding
+    activation: Coding | None
+    static: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} static" if self.static else self.name
+
+    @property
+    def is_weight_only(self) -> bool:
+        return self.activation is None
+
+
+LinearScheme = Scheme | FormatScheme
 PANEL_SCHEMES = {str(scheme): scheme for scheme in (Scheme(w, a) for w in reversed(WIDTHS) for a in reversed(WIDTHS))}
 LUT_SCHEMES = {str(scheme): scheme for scheme in (Scheme(2, 6), Scheme(2, 4))}
 WEIGHT_ONLY_SCHEMES = {str(scheme): scheme for scheme in (Scheme(8, 16), Scheme(4, 16), Scheme(2, 16))}
@@ -103,25 +129,30 @@ ATTENTION_SCHEMES = {
     "qk6-pv8": AttentionScheme(6, 8),
 }
 ATTENTION_SETTINGS = ("auto", "off", *ATTENTION_SCHEMES)  # of the option ``attention``
-SETTINGS = ("auto", "float", *SCHEMES, *ATTENTION_SCHEMES)  # of a pattern of ``sites``
+FORMAT_SCHEMES: dict[str, FormatScheme] = {}
+SETTINGS = ("auto", "float", *SCHEMES, *FORMAT_SCHEMES, *ATTENTION_SCHEMES)  # of a pattern of ``sites``
 
 
-def parse_scheme(name: str) -> Scheme:
-    """The scheme of a name such as ``w8a7`` or ``w4a16-g64``.
+def parse_scheme(name: str) -> LinearScheme:
+    """The scheme of a name such as ``w8a7``, ``w4a16-g64`` or ``mxfp4``.
 
     Raises:
-        ConfigError: the name does not follow the grammar, or no kernel has these widths or this group size.
+        ConfigError: the name does not follow the grammar, or the widths or the group size mean nothing.
     """
+    if name in FORMAT_SCHEMES:
+        return FORMAT_SCHEMES[name]
     match = _GRAMMAR.fullmatch(name)
     if match is None:
         raise ConfigError(f"unknown scheme {name!r}; {_hint(name)}")
-    scheme = Scheme(int(match[1]), int(match[2]))
-    if str(scheme) not in SCHEMES:
+    scheme = Scheme(int(match[1]), int(match[2]), int(match[3] or 0))
+    if scheme.weight_bits not in BITS or scheme.act_bits not in (*BITS, FLOAT_BITS):
         raise ConfigError(
-            f"unknown scheme {name!r}: no kernel multiplies {scheme.weight_bits}-bit weights by {scheme.act_bits}-bit "
-            f"activations; the nearest is '{_nearest(scheme)}'"
+            f"unknown scheme {name!r}: weights have 2 to 8 bits and activations 2 to 8, or 16 for float; "
+            f"the nearest is '{_nearest(scheme)}'"
         )
-    return scheme if match[3] is None else _grouped(name, scheme, int(match[3]))
+    if match[3] is not None and scheme.group < 2:
+        raise ConfigError(f"scheme {name!r}: a group has at least 2 weights; kernels know {', '.join(map(str, GROUPS))}")
+    return scheme
 
 
 def check_setting(name: str) -> str:
@@ -156,16 +187,6 @@ def check_attention(name: str) -> str:
 def choose_scheme(isa: str) -> Scheme | None:
     """What ``auto`` means on an instruction set: the fastest exact scheme there, or None where float is faster."""
     return {"avx2": SCHEMES["w8a7"], "avx_vnni": SCHEMES["w8a8"], "avx512_vnni": SCHEMES["w8a8"]}.get(isa)
-
-
-def _grouped(name: str, scheme: Scheme, group: int) -> Scheme:
-    if str(scheme) not in GROUPED:
-        raise ConfigError(
-            f"scheme {name!r}: {scheme} has one weight scale an output channel; groups go with {', '.join(GROUPED)}"
-        )
-    if group not in GROUPS:
-        raise ConfigError(f"scheme {name!r}: no kernel has groups of {group}; use {', '.join(map(str, GROUPS))}")
-    return Scheme(scheme.weight_bits, scheme.act_bits, group)
 
 
 def _nearest(scheme: Scheme) -> Scheme:

@@ -246,7 +246,7 @@ def _site_row(site: Site, planned: Planned) -> SiteRow:
         kernel=decision.kernel,
         weight_sqnr_db=packed.sqnr_db if packed else None,
         bytes_before=value.numel() * value.element_size() if value is not None else 0,
-        bytes_after=blob.numel() if blob is not None and slot is not None and slot.site == site.name else 0,
+        bytes_after=blob.nbytes if blob is not None and slot is not None and slot.site == site.name else 0,
         macs=_macs(node, value),
         static_noise_db=slot.static.noise_db if slot is not None and slot.static is not None else None,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from fxquant.errors import PackError
 from fxquant.linear_formats import format_of
 from fxquant.reference import MAX_K, quantize_weight, quantize_weight_groups, spread
-from fxquant.schemes import Scheme
+from fxquant.schemes import FormatScheme, LinearScheme
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,13 @@ class WeightError:
 
     overall_db: float
     worst_db: float
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight [N, K] as its scheme leaves it, float32."""
+
+    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,14 @@ class Codes:
         """The scale of every code, in a shape that broadcasts to [N, K]."""
         return spread(self.scale, self.codes.shape[1], self.group) if self.group else self.scale[:, None]
 
+    @property
+    def value(self) -> Tensor:
+        """The weight that the codes stand for, float32 [N, K]."""
+        return self.codes.to(torch.float32) * self.factors
 
-def round_weight(weight: Tensor, scheme: Scheme) -> Codes:
-    """The codes of a float weight [N, K], with one scale an output channel or a group.
+
+def round_weight(weight: Tensor, scheme: LinearScheme) -> Codes | Rounded:
+    """What a float weight [N, K] becomes; codes with one scale an output channel or a group, unless it has a number format.
 
     Raises:
         PackError: the weight is no matrix, is empty, is not finite, or has more than MAX_K columns.
@@ -47,25 +59,31 @@ def round_weight(weight: Tensor, scheme: Scheme) -> Codes:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise PackError(f"the weight holds {bad} values that are not finite")
+    if isinstance(scheme, FormatScheme):
+        return Rounded(scheme.weight.fake_quant(weight.to(torch.float32)))
     if scheme.group:
         return Codes(*quantize_weight_groups(weight, scheme.weight_bits, scheme.group), scheme.group)
     return Codes(*quantize_weight(weight, scheme.weight_bits))
 
 
-def pack_codes(rounded: Codes, scheme: Scheme) -> Tensor:
-    """The packed form (uint8 vector) of a rounded weight; its length depends on N, K and the scheme only."""
-    return format_of(scheme).pack(rounded.codes, rounded.scale, scheme)
+def pack_codes(rounded: Codes | Rounded, scheme: LinearScheme) -> Tensor:
+    """The packed form of a rounded weight: a uint8 vector whose length depends on N, K and the scheme only, or without a
+    kernel its value, float32 [N, K]."""
+    form = format_of(scheme)
+    if form is None or isinstance(rounded, Rounded) or isinstance(scheme, FormatScheme):
+        return rounded.value
+    return form.pack(rounded.codes, rounded.scale, scheme)
 
 
-def pack_linear(weight: Tensor, scheme: Scheme) -> Tensor:
+def pack_linear(weight: Tensor, scheme: LinearScheme) -> Tensor:
     """The packed form of a float weight [N, K]; raises as ``round_weight`` does."""
     return pack_codes(round_weight(weight, scheme), scheme)
 
 
-def weight_error(weight: Tensor, rounded: Codes) -> WeightError:
+def weight_error(weight: Tensor, rounded: Codes | Rounded) -> WeightError:
     """What rounding a weight [N, K] cost. A channel that is exact, or zero, counts as infinite."""
     weight = weight.to(torch.float32)
-    noise = torch.addcmul(weight, rounded.codes.to(torch.float32), rounded.factors, value=-1.0)
+    noise = weight - rounded.value
     noises, signals = (v.square().sum(1).to(torch.float64) for v in (noise, weight))
     worst = torch.where(noises > 0, signals / noises, math.inf).min().item()
     overall = signals.sum().item() / noises.sum().item() if noises.sum() > 0 else math.inf

@@ -66,9 +66,9 @@ class StaticQParams:
         return (self.factor.to(torch.float32) * self.scale).clamp_min(SMALLEST)
 
     @cached_property
-    def inputs(self) -> tuple[Tensor, Tensor]:
+    def inputs(self) -> dict[str, Tensor]:
         """What a static linear reads: steps float32 [K] and zero point int32 [1]."""
-        return self.steps, torch.tensor([self.zero_point], dtype=torch.int32)
+        return {"steps": self.steps, "zero_point": torch.tensor([self.zero_point], dtype=torch.int32)}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StaticQParams) and self.digest == other.digest

@@ -3,4 +3,6 @@
 from fxquant.formats.base import Format, QParams, Table
 from fxquant.formats.uniform import Uniform
 
-__all__ = ["Format", "QParams", "Table", "Uniform"]
+FAMILIES: dict[str, type[Format]] = {family.__name__: family for family in (Uniform,)}  # by the name that files carry
+
+__all__ = ["FAMILIES", "Format", "QParams", "Table", "Uniform"]

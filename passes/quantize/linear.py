@@ -7,18 +7,25 @@ Static activations are coded with the steps s of a calibration, one an input cha
 
     linear(x, W, b)  →  linear(fake_quant_static(x, s, zero_point), fake_quant(W·s) / s, b)
 
-Steps and zero points are graph inputs: layers that share a graph may differ in them.
+What a calibration moves from the input into the weight comes first (``calibration.site.Migration``)::
+
+    linear(x, W, b)  →  linear((x - shift) / factor, W·factor, b + W·shift)
+
+A weight that a calibration rounded stands as its value in the place of fake_quant(W). All vectors are graph inputs: layers
+that share a graph may differ in them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant._compat import FakeTensorMode
 from fxquant.binding import Slot, add_input
+from fxquant.calibration.site import StaticCoding
+from fxquant.passes.quantize.inline import inline
 from fxquant.reference import MAX_K
-from fxquant.schemes import Scheme
+from fxquant.schemes import FormatScheme, Scheme
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,28 +46,26 @@ def conditions(x: fx.Node, weight: fx.Node) -> Iterator[tuple[str, bool]]:
     yield f"at most {MAX_K} input features keep the int32 sums exact", int(w_val.shape[1]) <= MAX_K
 
 
-def add_static_inputs(graph: fx.Graph, slots: Iterable[Slot], fake_mode: FakeTensorMode) -> dict[Slot, tuple[fx.Node, fx.Node]]:
-    """Graph inputs for the steps and the zero point of every static slot."""
-    made: dict[Slot, tuple[fx.Node, fx.Node]] = {}
+Inputs = Mapping[str, fx.Node]  # of a slot, by name
+
+
+def add_slot_inputs(graph: fx.Graph, slots: Iterable[Slot], fake_mode: FakeTensorMode) -> dict[Slot, Inputs]:
+    """Graph inputs for the vectors of every slot: steps, zero points, factors, shifts, qparams of number formats."""
+    made: dict[Slot, Inputs] = {}
     for slot in slots:
-        if slot.static is not None and slot not in made:
-            steps, zero_point = slot.static.inputs
-            names = (f"steps_{len(made)}", f"zero_point_{len(made)}")
-            made[slot] = (
-                add_input(graph, names[0], steps, fake_mode),
-                add_input(graph, names[1], zero_point, fake_mode),
-            )
+        if slot.inputs and slot not in made:
+            values = slot.inputs.items()
+            made[slot] = {name: add_input(graph, f"{name}_{len(made)}", value, fake_mode) for name, value in values}
     return made
 
 
-def quantize_linear(
-    node: fx.Node, scheme: Scheme | None, fake_mode: FakeTensorMode, static: tuple[fx.Node, fx.Node] | None = None
-) -> fx.Node:
+def quantize_linear(node: fx.Node, slot: Slot, inputs: Inputs, fake_mode: FakeTensorMode) -> fx.Node:
     """Insert the fake-quant nodes; returns the linear that now works on float32 fake-quantized operands.
 
-    A site in half precision is computed in float32 and cast back, as the kernel does. ``static`` are the steps and the zero
-    point of a static scheme. Without a scheme the linear stays as it is.
+    A site in half precision is computed in float32 and cast back, as the kernel does. ``inputs`` are those of the slot.
+    Without a scheme the linear stays as it is.
     """
+    scheme = slot.scheme
     if scheme is None:
         return node
     x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
@@ -69,16 +74,45 @@ def quantize_linear(
     out_dtype = node.meta["val"].dtype
     with node.graph.inserting_before(node):
         x, weight = _cast(x, torch.float32, fake_mode), _cast(weight, torch.float32, fake_mode)
-        if static is not None:
-            x, weight = _fake_quant_static(x, weight, static, scheme, node, fake_mode)
+        bias = _cast(bias, torch.float32, fake_mode) if isinstance(bias, fx.Node) else None
+        if "shift" in inputs:
+            correction = _call(aten.mv.default, (weight, inputs["shift"]), node, fake_mode)
+            bias = correction if bias is None else _call(aten.add.Tensor, (bias, correction), node, fake_mode)
+            x = _call(aten.sub.Tensor, (x, inputs["shift"]), node, fake_mode)
+        if "factor" in inputs:
+            x = _call(aten.div.Tensor, (x, inputs["factor"]), node, fake_mode)
+            weight = _call(aten.mul.Tensor, (weight, inputs["factor"]), node, fake_mode)
+        if isinstance(scheme, FormatScheme):
+            x, weight = _by_format(x, weight, slot, scheme, inputs, node, fake_mode)
+        elif scheme.static:
+            x, weight = _fake_quant_static(x, weight, (inputs["steps"], inputs["zero_point"]), scheme, node, fake_mode)
         else:
             x, weight = _fake_quant(x, weight, scheme, node, fake_mode)
-        bias = _cast(bias, torch.float32, fake_mode) if isinstance(bias, fx.Node) else None
+        if slot.codes is not None:
+            weight = add_input(node.graph, f"rounded_{node.name}", slot.rounded, fake_mode)
+            weight.meta["fxquant_rounded"] = True
         linear = _call(aten.linear.default, (x, weight, bias), node, fake_mode)
+        if "shift" in inputs:
+            linear.meta["fxquant_correction"] = correction
         result = _cast(linear, out_dtype, fake_mode)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
     return linear
+
+
+def _by_format(
+    x: fx.Node, weight: fx.Node, slot: Slot, scheme: FormatScheme, inputs: Inputs, before: fx.Node, fake_mode: FakeTensorMode
+) -> tuple[fx.Node, fx.Node]:
+    """Both operands in the number formats of a scheme; a calibration may give the input another coding, with its qparams."""
+    weight = inline(scheme.weight.fake_quant, [weight], before, fake_mode)
+    if isinstance(slot.static, StaticCoding):
+        coding, names = slot.static.coding, list(slot.static.inputs)
+
+        def coded(value: Tensor, *qparams: Tensor) -> Tensor:
+            return coding.fake_quant(value, dict(zip(names, qparams, strict=True)))
+
+        return inline(coded, [x, *(inputs[name] for name in names)], before, fake_mode), weight
+    return (x if scheme.activation is None else inline(scheme.activation.fake_quant, [x], before, fake_mode)), weight
 
 
 def _fake_quant(

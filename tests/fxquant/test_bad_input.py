@@ -24,7 +24,7 @@ def run(model: Any, *args: Any, **options: Any) -> Any:
     ("options", "message"),
     [
         ({"shceme": "w8a8"}, "unknown option 'shceme'; did you mean 'scheme'"),
-        ({"scheme": "w8a9"}, "unknown scheme 'w8a9': no kernel"),
+        ({"scheme": "w8a9"}, "unknown scheme 'w8a9': weights have 2 to 8 bits"),
         ({"sites": {"haed": "float"}}, "the pattern 'haed' matches no site; nearest: 'head'"),
     ],
 )

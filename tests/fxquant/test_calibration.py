@@ -114,8 +114,8 @@ def test_a_file_comes_back_whole_and_a_damaged_one_is_refused(tmp_path: Path) ->
     loaded = Calibration.load(path)
     assert (loaded.method, loaded.batches, list(loaded.sites)) == ("minmax", 1, list(calibration.sites))
     for name, site in calibration.sites.items():
-        assert torch.equal(loaded.sites[name].qparams.factor, site.qparams.factor)
-        assert loaded.sites[name].qparams.noise == site.qparams.noise
+        assert torch.equal(loaded.sites[name].static.factor, site.static.factor)
+        assert loaded.sites[name].static.noise == site.static.noise
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CalibrationError, match="cannot be read"):
         Calibration.load(path)
@@ -127,5 +127,5 @@ def test_the_same_data_give_the_same_qparams_and_the_model_stays_as_it_was() -> 
     model, x = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)), torch.randn(9, 6)
     before = model(x)
     first, second = (fxquant.calibrate(model, [x, x], scheme="w7a7") for _ in range(2))
-    assert [s.qparams.scale for s in first.sites.values()] == [s.qparams.scale for s in second.sites.values()]
+    assert [s.static.scale for s in first.sites.values()] == [s.static.scale for s in second.sites.values()]
     assert torch.equal(model(x), before)

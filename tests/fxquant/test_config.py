@@ -27,12 +27,12 @@ def test_an_unknown_scheme_names_the_known_ones(scheme: str) -> None:
         FxQuantConfig(sites={"lm_head": scheme})
 
 
-def test_a_scheme_without_a_kernel_names_the_nearest() -> None:
-    assert FxQuantConfig(scheme="w4a6").scheme == "w4a6"
-    with pytest.raises(ConfigError, match=r"no kernel multiplies 8-bit weights by 9-bit activations; .*nearest is 'w8a8'"):
+def test_widths_that_mean_nothing_name_the_nearest() -> None:
+    assert FxQuantConfig(scheme="w3a6").scheme == "w3a6"
+    with pytest.raises(ConfigError, match=r"weights have 2 to 8 bits and activations 2 to 8, or 16.*nearest is 'w8a8'"):
         FxQuantConfig(scheme="w8a9")
-    with pytest.raises(ConfigError, match=r"'w3a16'.* nearest is 'w4a16'"):
-        FxQuantConfig(sites={"lm_head": "w3a16"})
+    with pytest.raises(ConfigError, match=r"'w1a16'.* nearest is 'w2a16'"):
+        FxQuantConfig(sites={"lm_head": "w1a16"})
     with pytest.raises(ConfigError, match="'W6A6'; did you mean 'w6a6'"):
         FxQuantConfig(scheme="W6A6")
 

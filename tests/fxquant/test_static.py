@@ -35,9 +35,10 @@ def calibrated(model: nn.Module, x: Tensor, scheme: str = SCHEME) -> Calibration
 
 
 def accurate(site: SiteCalibration, **changes: Any) -> SiteCalibration:
-    q = site.qparams
+    q = site.static
+    assert isinstance(q, StaticQParams)
     values = {"scale": q.scale, "zero_point": q.zero_point, "exponent": q.exponent, "noise": 1.0, "dynamic_noise": 1.0}
-    return SiteCalibration(StaticQParams(q.factor, **{**values, **changes}), site.scheme, site.shape)
+    return SiteCalibration(site.scheme, site.shape, StaticQParams(q.factor, **{**values, **changes}))
 
 
 def compiled(model: Any, calibration: Any, **options: Any) -> Any:
@@ -47,7 +48,8 @@ def compiled(model: Any, calibration: Any, **options: Any) -> Any:
 
 def expected(linear: nn.Linear, x: Tensor, site: SiteCalibration) -> Tensor:
     """The specification: codes of x by the steps, those of the weight times the steps, exact sums."""
-    scheme, (steps, zero_point) = SCHEMES[site.scheme], site.qparams.inputs
+    assert site.static is not None
+    scheme, (steps, zero_point) = SCHEMES[site.scheme], site.static.inputs.values()
     codes, scale = reference.quantize_weight(linear.weight.to(torch.float32) * steps, scheme.weight_bits)
     bias = None if linear.bias is None else linear.bias.to(torch.float32)
     return reference.linear_static(x.to(torch.float32), codes, scale, bias, steps, zero_point, scheme.act_bits)
@@ -91,7 +93,7 @@ def test_the_specification_graph_agrees_with_the_kernels(tmp_path: Path) -> None
     assert text.count("fake_quant_static.default(") == 2
     hidden = x
     for name, linear in (("0", first), ("2", second)):
-        steps, zero_point = calibration.sites[f"{name}:linear"].qparams.inputs
+        steps, zero_point = calibration.sites[f"{name}:linear"].static.inputs.values()
         q = torch.ops.fxquant.fake_quant_static(hidden, steps, zero_point, 7)
         weight = torch.ops.fxquant.fake_quant_per_channel(linear.weight * steps, 8) / steps
         hidden = nn.functional.linear(q, weight, linear.bias)
@@ -207,7 +209,7 @@ def test_a_weight_that_cannot_be_packed_any_more_stays_float() -> None:
 
 
 def one_site(site: SiteCalibration, **changes: Any) -> SiteCalibration:
-    values = {"qparams": site.qparams, "scheme": site.scheme, "shape": site.shape, **changes}
+    values = {"static": site.static, "scheme": site.scheme, "shape": site.shape, **changes}
     return SiteCalibration(**values)
 
 
@@ -294,7 +296,7 @@ def test_options_are_compared_by_the_digest() -> None:
 
 def test_two_calibrations_of_one_weight_are_two_slots() -> None:
     linear, x = nn.Linear(48, 8), data()
-    statics = [calibrated(linear, rows).sites[":linear"].qparams for rows in (x, x, x * 2)]
+    statics = [calibrated(linear, rows).sites[":linear"].static for rows in (x, x, x * 2)]
     slots = [Slot(":linear", WEIGHT, SCHEMES[SCHEME], pack=print, static=static) for static in statics]  # type: ignore[arg-type]
     assert len(set(slots)) == 2
     assert copy.copy(statics[0]) == statics[0]

@@ -1,0 +1,113 @@
+"""A model that runs in float, graph by graph in its recognised form, with every linear within reach.
+
+What calibration, sensitivity and error ranking share: ``watch`` sees the operands of each linear, ``overrides`` computes
+some of them in another way. Nothing is compiled.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.backend import analyse
+from fxquant.binding import frozen_value
+from fxquant.capture import compiled_call
+from fxquant.config import FxQuantConfig
+from fxquant.linear_choice import rows_hint
+from fxquant.lowering.isa import current_isa
+from fxquant.passes.quantize.linear import conditions
+from fxquant.plan import resolve_scheme, setting_for
+from fxquant.reporting.dump import Dumper
+from fxquant.schemes import LinearScheme
+from fxquant.sites import find_sites
+from fxquant.tracker import CompiledGraph
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) → y
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear: its weight [N, K], the scheme that the options give it (None: float), and how often it multiplies.
+
+    ``is_explicit``: the scheme was asked for by name. ``rows`` are those of its input where they are known when captured.
+    """
+
+    name: str
+    weight: Tensor
+    scheme: LinearScheme | None
+    is_explicit: bool
+    rows: int | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return int(self.weight.shape[0]), int(self.weight.shape[1])
+
+
+class Study:
+    """``study(batch)`` runs the model on a batch; ``sites`` fills at the first one."""
+
+    def __init__(self, model: Callable[..., Any], config: FxQuantConfig) -> None:
+        self._config = config
+        self._call = compiled_call(model, self._backend)
+        self.sites: dict[str, LinearSite] = {}
+        self.watch: Callable[[str, Tensor], None] | None = None
+        self.overrides: Mapping[str, Linear] = {}
+
+    def __call__(self, batch: Any) -> Any:
+        """The model's output for a tensor, a tuple (positional arguments) or a mapping (keyword arguments)."""
+        with torch.no_grad():
+            return self._call(*arguments(batch))
+
+    def linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What stands in the place of a linear."""
+        if self.watch is not None:
+            self.watch(name, x)
+        compute = self.overrides.get(name)
+        return torch.nn.functional.linear(x, weight, bias) if compute is None else compute(x, weight, bias)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = CompiledGraph(gm, example_inputs, self._config, current_isa())
+        captured = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
+        names = {}
+        for node, (site, *_) in find_sites(captured.gm.graph).items():
+            x, weight = (*node.args, None)[:2]
+            if site.kind != "linear" or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+                continue
+            if all(holds for _, holds in conditions(x, weight)):
+                setting = setting_for(site, self._config)
+                scheme = resolve_scheme(setting, current_isa())
+                names[node] = site.name
+                self.sites[site.name] = LinearSite(
+                    site.name,
+                    frozen_value(weight)(example_inputs),
+                    None if isinstance(scheme, str) else scheme,
+                    setting != "auto",
+                    rows_hint(node),
+                )
+        return _Studied(captured.gm, names, self).run
+
+
+class _Studied(fx.Interpreter):
+    """Runs a graph and hands its linears to a study."""
+
+    def __init__(self, gm: fx.GraphModule, names: Mapping[fx.Node, str], study: Study) -> None:
+        super().__init__(gm)
+        self._names, self._study = names, study
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value."""
+        name = self._names.get(n)
+        if name is None:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        return self._study.linear(name, args[0], args[1], args[2] if len(args) > 2 else None)
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a batch."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})

@@ -1,0 +1,150 @@
+"""Schemes without a kernel run as their specification; what a calibration moves and rounds is what is computed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import fxquant
+from fxquant import reference
+from fxquant.calibration.calibration import Calibration
+from fxquant.calibration.qparams import StaticQParams
+from fxquant.calibration.site import Migration, SiteCalibration, StaticCoding, WeightCodes, weight_digest
+from fxquant.coding import Coding
+from fxquant.errors import CalibrationError
+from fxquant.formats import Uniform
+from fxquant.granularity import PerChannel, PerTensor
+from fxquant.planning import ANOTHER_WEIGHT, NO_KERNEL
+
+K, N = 40, 24
+
+
+def layer(seed: int = 0) -> tuple[nn.Linear, Tensor]:
+    torch.manual_seed(seed)
+    return nn.Linear(K, N), torch.randn(6, K) * torch.linspace(0.1, 3, K)
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend="fxquant", options={"codegen": "ops", **options})
+
+
+def one_site(scheme: str, **parts: Any) -> Calibration:
+    return Calibration("by hand", 1, {":linear": SiteCalibration(scheme, (N, K), **parts)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codegen", ["ops", "inductor"])
+def test_a_scheme_without_a_kernel_computes_its_specification(codegen: str) -> None:
+    model, x = layer()
+    fast = compiled(model, scheme="w3a3", codegen=codegen)
+    wanted = linear(reference.fake_quant_per_token(x, 3), reference.fake_quant_per_channel(model.weight, 3), model.bias)
+    torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-5)
+    (row,) = fxquant.report(fast).sites
+    assert (row.scheme, row.kernel, row.error_class, row.reason) == ("w3a3", None, "QUANTIZED", NO_KERNEL)
+    assert row.bytes_after == N * K * 4
+
+
+@torch.no_grad()
+def test_odd_groups_have_no_kernel_and_still_mean_what_they_say() -> None:
+    model, x = layer()
+    fast = compiled(model, scheme="w4a16-g12")
+    wanted = linear(x, reference.fake_quant_per_group(model.weight, 4, 12), model.bias)
+    torch.testing.assert_close(fast(x), wanted)
+
+
+@torch.no_grad()
+def test_a_static_scheme_without_a_kernel_uses_its_qparams() -> None:
+    model, x = layer()
+    calibration = fxquant.calibrate(model, [x], scheme="w3a4")
+    site = calibration.sites[":linear"]
+    assert isinstance(site.static, StaticQParams)
+    fast = compiled(model, calibration=calibration)  # its scheme comes with it
+    if site.is_accurate:
+        steps, zero_point = site.static.inputs.values()
+        weight = reference.fake_quant_per_channel(model.weight * steps, 3) / steps
+        wanted = linear(reference.fake_quant_static(x, steps, zero_point, 4), weight, model.bias)
+        torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-5)
+    fast(x)
+    assert str(fxquant.report(fast).sites[0].scheme).startswith("w3a4")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "w3a3"])
+def test_a_migration_moves_a_factor_and_a_shift_into_the_weight(scheme: str) -> None:
+    model, x = layer()
+    factor, shift = torch.linspace(0.5, 4, K), torch.linspace(-1, 1, K)
+    fast = compiled(model, calibration=one_site(scheme, migration=Migration(factor, shift)), scheme=scheme)
+    moved, weight, bias = (x - shift) / factor, model.weight * factor, model.bias + model.weight @ shift
+    bits = int(scheme[1])
+    moved = moved if scheme == "w4a16" else reference.fake_quant_per_token(moved, bits)
+    wanted = linear(moved, reference.fake_quant_per_channel(weight, bits), bias)
+    torch.testing.assert_close(fast(x), wanted, atol=1e-4, rtol=1e-4)
+    assert fxquant.report(fast).sites[0].scheme == scheme
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codegen", ["ops", "inductor"])
+def test_codes_of_a_calibration_are_those_that_the_kernel_multiplies(codegen: str) -> None:
+    model, x = layer()
+    codes, scale = reference.quantize_weight(model.weight, 8)
+    other = torch.where(codes > 0, codes - 1, codes)  # no rounding of ours gives these
+    known = WeightCodes(other, scale, weight_digest(model.weight))
+    fast = compiled(model, calibration=one_site("w8a8", codes=known), scheme="w8a8", codegen=codegen)
+    assert torch.equal(fast(x), reference.linear_dynamic(x, other, scale, model.bias, 8))
+
+
+@torch.no_grad()
+def test_a_weight_that_was_not_rounded_by_the_calibration_stays_float() -> None:
+    model, x = layer()
+    codes, scale = reference.quantize_weight(model.weight, 8)
+    known = WeightCodes(codes, scale, weight_digest(model.weight))
+    fast = compiled(model, calibration=one_site("w8a8", codes=known), scheme="w8a8")
+    fast(x)
+    model.weight[0, 0] += 1
+    torch.testing.assert_close(fast(x), model(x))
+    assert fxquant.report(fast).sites[0].reason == ANOTHER_WEIGHT
+
+
+@torch.no_grad()
+def test_grouped_codes_reach_the_streaming_kernel() -> None:
+    model, x = layer()
+    codes, scale = reference.quantize_weight_groups(model.weight, 4, 16)
+    known = WeightCodes(-codes, scale, weight_digest(model.weight), 16)
+    fast = compiled(model, calibration=one_site("w4a16-g16", codes=known), scheme="w4a16-g16")
+    torch.testing.assert_close(fast(x) - model.bias, linear(x, known.value), atol=1e-4, rtol=1e-4)
+
+
+def test_every_part_of_a_site_survives_a_file(tmp_path: Path) -> None:
+    model, x = layer()
+    codes, scale = reference.quantize_weight_groups(model.weight, 4, 16)
+    coding = Coding(Uniform(5, is_symmetric=True), PerChannel(1))
+    parts = {
+        "static": StaticCoding(coding, coding.fit(x)),
+        "migration": Migration(torch.ones(K), torch.zeros(K)),
+        "codes": WeightCodes(codes, scale, "a digest", 16),
+        "note": "a sentence",
+        "is_explicit": True,
+    }
+    calibration = one_site("w4a16-g16", **parts)
+    calibration.save(tmp_path / "file.safetensors")
+    assert Calibration.load(tmp_path / "file.safetensors") == calibration
+
+
+def test_a_file_with_a_tensor_of_the_wrong_shape_is_damaged(tmp_path: Path) -> None:
+    calibration = one_site("w8a8", migration=Migration(torch.ones(K + 1)))
+    calibration.save(tmp_path / "file.safetensors")
+    with pytest.raises(CalibrationError, match=r"is damaged.*\(40,\)"):
+        Calibration.load(tmp_path / "file.safetensors")
+
+
+def test_a_coding_quantizes_in_the_shape_of_its_tensor() -> None:
+    x = torch.randn(2, 3, 5)
+    for granularity in (PerTensor(), PerChannel(1), PerChannel(-1)):
+        coding = Coding(Uniform(8), granularity)
+        out = coding.fake_quant(x)
+        assert out.shape == x.shape
+        torch.testing.assert_close(out, x, atol=0.05, rtol=0)
+        assert Coding.from_json(coding.to_json()) == coding
