@@ -139,8 +139,11 @@ def parse_scheme(name: str) -> LinearScheme:
     Raises:
         ConfigError: the name does not follow the grammar, or the widths or the group size mean nothing.
     """
-    if name in FORMAT_SCHEMES:
-        return FORMAT_SCHEMES[name]
+    return FORMAT_SCHEMES[name] if name in FORMAT_SCHEMES else parse_integer_scheme(name)
+
+
+def parse_integer_scheme(name: str) -> Scheme:
+    """The scheme of a name by the grammar of widths; raises as ``parse_scheme`` does."""
     match = _GRAMMAR.fullmatch(name)
     if match is None:
         raise ConfigError(f"unknown scheme {name!r}; {_hint(name)}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from fxquant.errors import PackError
 from fxquant.linear_formats import format_of
 from fxquant.reference import MAX_K, quantize_weight, quantize_weight_groups, spread
-from fxquant.schemes import FormatScheme, LinearScheme
+from fxquant.schemes import FormatScheme, LinearScheme, Scheme
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,23 @@ class Codes:
 
 
 def round_weight(weight: Tensor, scheme: LinearScheme) -> Codes | Rounded:
-    """What a float weight [N, K] becomes; codes with one scale an output channel or a group, unless it has a number format.
+    """What a float weight [N, K] becomes; raises as ``round_codes`` does."""
+    if isinstance(scheme, Scheme):
+        return round_codes(weight, scheme)
+    check_weight(weight)
+    return Rounded(scheme.weight.fake_quant(weight.to(torch.float32)))
+
+
+def round_codes(weight: Tensor, scheme: Scheme) -> Codes:
+    """The codes of a float weight [N, K], with one scale an output channel or a group; raises as ``check_weight`` does."""
+    check_weight(weight)
+    if scheme.group:
+        return Codes(*quantize_weight_groups(weight, scheme.weight_bits, scheme.group), scheme.group)
+    return Codes(*quantize_weight(weight, scheme.weight_bits))
+
+
+def check_weight(weight: Tensor) -> None:
+    """Whether a weight can be rounded.
 
     Raises:
         PackError: the weight is no matrix, is empty, is not finite, or has more than MAX_K columns.
@@ -59,11 +75,6 @@ def round_weight(weight: Tensor, scheme: LinearScheme) -> Codes | Rounded:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise PackError(f"the weight holds {bad} values that are not finite")
-    if isinstance(scheme, FormatScheme):
-        return Rounded(scheme.weight.fake_quant(weight.to(torch.float32)))
-    if scheme.group:
-        return Codes(*quantize_weight_groups(weight, scheme.weight_bits, scheme.group), scheme.group)
-    return Codes(*quantize_weight(weight, scheme.weight_bits))
 
 
 def pack_codes(rounded: Codes | Rounded, scheme: LinearScheme) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.binding import Binder, FrozenValue, Packed, Program, Slot
-from fxquant.schemes import Scheme
+from fxquant.schemes import LinearScheme, Scheme
 
 
 class Counter:
@@ -19,7 +19,7 @@ class Counter:
         self.binder = Binder(Program(lambda *a: a, (slot,), (1,)), self.variant, self.on_bind)
         self.bound: list[Sequence[Tensor]] = []
 
-    def pack(self, weight: Tensor, scheme: Scheme | None) -> Packed:
+    def pack(self, weight: Tensor, scheme: LinearScheme | None) -> Packed:
         self.packs += 1
         if not torch.isfinite(weight).all():
             return Packed(None, reason="not finite")

@@ -13,8 +13,9 @@ from torch._inductor.utils import run_and_get_code
 import fxquant
 from fxquant import reference
 from fxquant.binding import Slot
-from fxquant.calibration.calibration import Calibration, SiteCalibration
+from fxquant.calibration.calibration import Calibration
 from fxquant.calibration.qparams import StaticQParams
+from fxquant.calibration.site import SiteCalibration
 from fxquant.config import FxQuantConfig, resolve_options
 from fxquant.errors import CalibrationError, ConfigError
 from fxquant.schemes import SCHEMES
@@ -93,7 +94,9 @@ def test_the_specification_graph_agrees_with_the_kernels(tmp_path: Path) -> None
     assert text.count("fake_quant_static.default(") == 2
     hidden = x
     for name, linear in (("0", first), ("2", second)):
-        steps, zero_point = calibration.sites[f"{name}:linear"].static.inputs.values()
+        static = calibration.sites[f"{name}:linear"].static
+        assert static is not None
+        steps, zero_point = static.inputs.values()
         q = torch.ops.fxquant.fake_quant_static(hidden, steps, zero_point, 7)
         weight = torch.ops.fxquant.fake_quant_per_channel(linear.weight * steps, 8) / steps
         hidden = nn.functional.linear(q, weight, linear.bias)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fxquant
 from fxquant import reference
 from fxquant.errors import ConfigError
-from fxquant.schemes import parse_scheme
+from fxquant.schemes import parse_integer_scheme
 
 SCHEMES = ["w8a16", "w4a16-g64", "w2a16-g32", "w4a8-g64", "w4a8"]
 
@@ -32,7 +32,7 @@ def small_llama() -> LlamaForCausalLM:
 
 def specification(model: nn.Module, name: str) -> nn.Module:
     """The model with every linear's weight rounded, and for a8 its input too: what the compiled model must compute."""
-    scheme = parse_scheme(name)
+    scheme = parse_integer_scheme(name)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             weight = reference.fake_quant_per_group(module.weight.detach(), scheme.weight_bits, scheme.group)
@@ -114,4 +114,4 @@ def test_names_that_are_no_scheme_say_what_to_write() -> None:
         fxquant.FxQuantConfig(scheme="w4a16-g1")
     with pytest.raises(ConfigError, match=r"unknown scheme 'w9a16-g64'.*the nearest is 'w8a16'"):
         fxquant.FxQuantConfig(scheme="w9a16-g64")
-    assert str(parse_scheme("w4a16-g64")) == "w4a16-g64"
+    assert str(parse_integer_scheme("w4a16-g64")) == "w4a16-g64"

@@ -152,7 +152,8 @@ def test_a_packed_weight_takes_two_bits_a_value() -> None:
     n, k = 256, 1024
     packed = pack_linear(torch.randn(n, k), Scheme(2, 4))
     assert packed.numel() == n * k // 4 + 64 + n * 8  # a header, and scale and sum of each column
-    assert format_of(Scheme(2, 4)).packed_bytes(n, k, Scheme(2, 4)) == packed.numel()
+    assert LUT.packed_bytes(n, k, Scheme(2, 4)) == packed.numel()
+    assert format_of(Scheme(2, 4)) is LUT
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (17, 5), (64, 384), (200, 130)])

@@ -13,8 +13,8 @@ from fxquant import reference
 from fxquant.config import ISAS
 from fxquant.errors import PackError
 from fxquant.lowering.cpu.build import library_path
-from fxquant.lowering.pack import pack_linear, round_weight
-from fxquant.schemes import GROUPED, GROUPS, WEIGHT_ONLY_SCHEMES, Scheme, parse_scheme
+from fxquant.lowering.pack import pack_linear, round_codes
+from fxquant.schemes import GROUPED, GROUPS, WEIGHT_ONLY_SCHEMES, Scheme, parse_integer_scheme
 from fxquant.testing.kernels import LEVELS, at_most
 
 NAMES = [
@@ -28,7 +28,7 @@ NAMES = [
     "w8a16-g256",
     "w4a8-g16",
 ]
-ALL_SCHEMES = [parse_scheme(name) for name in NAMES]
+ALL_SCHEMES = [parse_integer_scheme(name) for name in NAMES]
 SHAPES = [
     (1, 1, 1),  # one element
     (1, 17, 3),  # one row, ragged panel, less than one step
@@ -49,7 +49,7 @@ def run(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, scheme: Scheme) 
 
 
 def check(x: Tensor, weight: Tensor, scheme: Scheme, bias: Tensor | None = None) -> None:
-    rounded, packed = round_weight(weight, scheme), pack_linear(weight, scheme)
+    rounded, packed = round_codes(weight, scheme), pack_linear(weight, scheme)
     codes, scale, n = rounded.codes, rounded.scale, weight.shape[0]
     for isa in LEVELS:
         where = f"{ISAS[isa]}, {scheme}, {tuple(x.shape)} x {n}"
@@ -104,7 +104,7 @@ def test_packed_codes_and_scales_are_those_of_the_reference(shape: tuple[int, in
 def test_any_shape_and_group(m: int, n: int, k: int, seed: int, base: str, group: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator) * 10 ** float(torch.randint(-6, 7, (1,), generator=generator))
-    plain = parse_scheme(base)
+    plain = parse_integer_scheme(base)
     scheme = Scheme(plain.weight_bits, plain.act_bits, group or (0 if plain.is_weight_only else GROUPS[0]))
     check(x, torch.randn(n, k, generator=generator), scheme)
 
@@ -120,7 +120,7 @@ def test_inputs_that_reach_the_extremes_of_every_lane(weights: str, rows: int) -
     low[:, 0], high[:, 0] = -1.0, -1e-4  # zero points of 128 and 0
     for x in (low, high, -low, -high):
         for name in ("w4a8-g16", "w4a8-g64", "w4a8-g256"):
-            check(x, weight, parse_scheme(name))
+            check(x, weight, parse_integer_scheme(name))
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -139,7 +139,7 @@ def test_integer_rows_that_are_zero_tiny_huge_or_not_finite(rows: int) -> None:
     for value in values:
         x = torch.randn(rows, 40)
         x[-1] = value
-        check(x, weight, parse_scheme("w4a8-g16"), torch.randn(20))
+        check(x, weight, parse_integer_scheme("w4a8-g16"), torch.randn(20))
 
 
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
@@ -163,10 +163,10 @@ def test_zero_weights_give_zero() -> None:
 
 
 def test_batches_strides_and_empty_batches() -> None:
-    weight, scheme = torch.randn(24, 20), parse_scheme("w4a8-g16")
+    weight, scheme = torch.randn(24, 20), parse_integer_scheme("w4a8-g16")
     for x in (torch.randn(2, 3, 4, 20), torch.randn(20, 6).t(), torch.randn(6, 40)[:, ::2], torch.randn(20)):
         check(x, weight, scheme)
-        check(x, weight, parse_scheme("w4a16"))
+        check(x, weight, parse_integer_scheme("w4a16"))
     assert run(torch.empty(0, 20), pack_linear(weight, scheme), None, 24, scheme).shape == (0, 24)
 
 
@@ -204,7 +204,9 @@ def test_one_group_is_the_per_channel_definition() -> None:
     x, weight, bias = torch.randn(6, 100), torch.randn(30, 100), torch.randn(30)
     codes, scale = reference.quantize_weight(weight, 4)
     wanted = reference.linear_dynamic(x, codes, scale, bias, 8)
-    assert torch.equal(run(x, pack_linear(weight, parse_scheme("w4a8-g128")), bias, 30, parse_scheme("w4a8-g128")), wanted)
+    assert torch.equal(
+        run(x, pack_linear(weight, parse_integer_scheme("w4a8-g128")), bias, 30, parse_integer_scheme("w4a8-g128")), wanted
+    )
 
 
 def test_reference_worked_example() -> None:
@@ -230,7 +232,7 @@ def test_linear_stream_is_a_good_citizen(test: str) -> None:
 
 
 def test_the_other_operators_are_good_citizens() -> None:
-    rounded = round_weight(torch.randn(9, 100), Scheme(4, 16, 32))
+    rounded = round_codes(torch.randn(9, 100), Scheme(4, 16, 32))
     torch.library.opcheck(
         torch.ops.fxquant.pack_stream, (rounded.codes, rounded.scale, 4, 16, 32), test_utils=["test_schema", "test_faketensor"]
     )
