@@ -21,6 +21,7 @@ from torch import Tensor
 from fxquant.errors import FormatError
 
 LOG2_E = math.log2(math.e)
+MOST_SHIFT = 52  # times a mantissa of 9 bits this is still an int64
 QUARTER = float(torch.tensor(math.log(4.0), dtype=torch.float32))
 
 
@@ -42,7 +43,7 @@ def log2_matmul(codes: Tensor, values: Tensor, most: int, zero_code: int | None 
 
     ``most`` is at least the greatest code of a value other than zero.
     """
-    return _weights(codes, most - codes, zero_code) @ values
+    return _exact_matmul(_weights(codes, most - codes, zero_code), values)
 
 
 def log_sqrt2_matmul(codes: Tensor, values: Tensor, most: int, zero_code: int | None = None) -> tuple[Tensor, Tensor]:
@@ -52,17 +53,18 @@ def log_sqrt2_matmul(codes: Tensor, values: Tensor, most: int, zero_code: int | 
     """
     weights = _weights(codes, most - (codes + 1) // 2, zero_code)
     is_odd = codes % 2 == 1
-    return weights.masked_fill(is_odd, 0) @ values, weights.masked_fill(~is_odd, 0) @ values
+    return _exact_matmul(weights.masked_fill(is_odd, 0), values), _exact_matmul(weights.masked_fill(~is_odd, 0), values)
 
 
 def adalog_matmul(codes: Tensor, values: Tensor, shifts: Tensor, mantissas: Tensor, zero_code: int | None = None) -> Tensor:
     """``Σ (v mantissa[c]) << (most - shift[c])`` int64 with ``most`` the greatest shift of the table.
 
     The product is ``δ s_v 2^-most / F`` times it. ``shifts`` and ``mantissas`` int64 [codes] are those of
-    ``formats.AdaLog.shifts_and_mantissas``, cut at the greatest code in use: x ≥ 1e-15 δ reaches no shift above 50.
+    ``formats.AdaLog.shifts_and_mantissas``, cut at the greatest code in use: x ≥ 1e-15 δ reaches no shift above 51.
     """
     entries = codes if zero_code is None else codes.masked_fill(codes == zero_code, 0)
-    return (_weights(codes, int(shifts.max()) - shifts[entries], zero_code) * mantissas[entries]) @ values
+    weights = _weights(codes, int(shifts.max()) - shifts[entries], zero_code)
+    return _exact_matmul(weights * mantissas[entries], values)
 
 
 def log2_product(total: Tensor, most: int, scale: float | Tensor) -> Tensor:
@@ -79,10 +81,25 @@ def _weights(codes: Tensor, shifts: Tensor, zero_code: int | None) -> Tensor:
     """``1 << shift`` int64, 0 for the zero code.
 
     Raises:
-        FormatError: a code lies beyond the greatest one that ``most`` allows.
+        FormatError: a code lies beyond the greatest one that ``most`` allows, or ``most`` is more than int64 allows.
     """
     is_zero = torch.zeros_like(codes, dtype=torch.bool) if zero_code is None else codes == zero_code
     shifts = shifts.masked_fill(is_zero, 0)
     if shifts.numel() and int(shifts.min()) < 0:
         raise FormatError(f"a code needs a shift greater than the greatest one by {-int(shifts.min())}: give a greater `most`")
+    if shifts.numel() and int(shifts.max()) > MOST_SHIFT:
+        raise FormatError(f"a shift by {int(shifts.max())} leaves int64: cut the codes so that none is above {MOST_SHIFT}")
     return (torch.ones_like(codes) << shifts).masked_fill(is_zero, 0)
+
+
+def _exact_matmul(weights: Tensor, values: Tensor) -> Tensor:
+    """``weights @ values``, int64.
+
+    Raises:
+        FormatError: the sum might leave int64.
+    """
+    if weights.numel() and values.numel():
+        greatest = int(weights.amax()) * int(values.abs().amax()) * weights.shape[-1]
+        if greatest >= 2**63:
+            raise FormatError(f"a sum of up to 2^{greatest.bit_length()} leaves int64: cut the codes at a smaller shift")
+    return weights @ values

@@ -132,3 +132,10 @@ def product(form: LogFormat, codes: Tensor, values: Tensor) -> Tensor:
 def test_too_small_a_greatest_shift_is_refused() -> None:
     with pytest.raises(FormatError, match="greater than the greatest one by 2: give a greater `most`"):
         log2_matmul(torch.tensor([[3, 7]]), torch.tensor([[1], [1]]), 5)
+
+
+def test_sums_that_leave_64_bits_are_refused() -> None:
+    with pytest.raises(FormatError, match="a shift by 60 leaves int64"):
+        log2_matmul(torch.tensor([[0]]), torch.tensor([[1]]), 60)
+    with pytest.raises(FormatError, match="leaves int64: cut the codes at a smaller shift"):
+        log2_matmul(torch.zeros(1, 197, dtype=torch.int64), torch.full((197, 1), 127), 50)

@@ -27,7 +27,7 @@ from fxquant.formats import (
 from fxquant.formats.adalog import GELU_SHIFT
 
 Inputs = Literal["probabilities", "gelu", "signed"]
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=15, deadline=None)
 INFINITY = float("inf")
 
 
