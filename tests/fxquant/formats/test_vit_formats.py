@@ -207,3 +207,12 @@ def test_a_masked_row_of_probabilities_is_coded_as_zeros() -> None:
 def test_widths_that_are_no_format_are_refused(family: type[Sulq]) -> None:
     with pytest.raises(FormatError, match="2 to 8 bits, not 9"):
         family(9)
+
+
+@pytest.mark.parametrize("width", [3, 8])
+@pytest.mark.parametrize("low", [0.0, 0.5, 0.509, 0.51])
+def test_the_table_of_sulq_is_exact_though_codes_collapse(width: int, low: float) -> None:
+    form = Sulq(width)
+    qparams = form.fit(torch.tensor([[low, 0.51]]))
+    x = torch.cat([torch.linspace(0, 1, 20001), torch.linspace(0.508, 0.511, 50001)])
+    assert torch.equal(form.table(qparams).quantize(x), form.quantize(x[None], qparams)[0])
