@@ -90,9 +90,8 @@ class OperandMetric:
     @torch.no_grad()
     def losses(self, candidates: Candidates) -> Tensor:
         """float64 [C, B]."""
-        product, count = self.product, 0.0
-        total = torch.zeros((), dtype=torch.float64)
-        granularity, axis = product.granularity(self.side), self._axis()
+        product, granularity, axis = self.product, self.product.granularity(self.side), self._axis()
+        total, count = torch.zeros((), dtype=torch.float64), 0
         for chunk in product.chunks():
             exact = product.multiply(product.left[chunk], self._of(chunk, product.right, "right"))
             gradient = None if product.gradient is None else product.gradient[chunk]
@@ -102,9 +101,10 @@ class OperandMetric:
             for index in range(len(candidates)):
                 value = granularity.restore(candidates.format.fake_quant(blocks, candidates.at(index)), mine)
                 output = product.multiply(*((value, across) if self.side == "left" else (across, value)))
-                rows.append(_summed(product.objective(exact, output, gradient), axis, self.site))
-            total, count = total + torch.stack(rows), count + exact.numel() / rows[0].numel()
-        return total / count
+                errors = product.objective(exact, output, gradient)
+                rows.append(_summed(errors, axis, self.site))
+            total, count = total + torch.stack(rows), count + errors.numel()
+        return total * total.shape[1] / count
 
     def _of(self, chunk: slice, operand: Tensor, side: Side) -> Tensor:
         """The part of an operand that a chunk reads: a weight is read whole."""
