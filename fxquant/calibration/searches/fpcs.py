@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.observers.samples import Samples
-from fxquant.calibration.searches.metric import Candidates, Choice, Metric, choose
+from fxquant.calibration.searches.metric import Candidates, Choice, Metric, best_of, finite
 from fxquant.formats.uniform import Uniform
 from fxquant.reference import SMALLEST
 
@@ -56,15 +56,17 @@ def combine_progressively(
 
     Children are at ``s + (linspace(0, 1, c) - 1/2) Δ``; Δ [B, 1] starts as ``spacing`` and is divided by c - 1/2 each time.
     """
-    candidates, best = start, choose(metric, [start])
+    candidates, losses = start, metric.losses(start)
+    best = best_of(candidates, losses)
     offsets = torch.linspace(0, 1, progress.children)[:, None, None] - 0.5
     for _ in range(progress.refinements):
-        kept = _best_few(metric, candidates, progress.keep)
+        kept = best_few(candidates, losses, progress.keep)
         spread = (kept[name][:, None] + offsets * spacing).reshape(-1, *spacing.shape).clamp_min(SMALLEST)
         others = {key: value.repeat_interleave(progress.children, 0) for key, value in kept.items()}
         candidates, spacing = Candidates(start.format, {**others, name: spread}), spacing / (progress.children - 0.5)
-        best = _better(best, choose(metric, [candidates]))
-    return best
+        losses = metric.losses(candidates)
+        best = _better(best, best_of(candidates, losses))
+    return finite(metric.site, best)
 
 
 def _coarse(samples: Samples, format: Uniform, zero_points: int) -> tuple[Candidates, Tensor]:
@@ -81,9 +83,9 @@ def _coarse(samples: Samples, format: Uniform, zero_points: int) -> tuple[Candid
     return grid, scales[1] - scales[0]
 
 
-def _best_few(metric: Metric, candidates: Candidates, count: int) -> Mapping[str, Tensor]:
-    """Qparams [≤ count, B, 1] of the candidates with the least loss of every block, equal ones in their order."""
-    order = torch.argsort(metric.losses(candidates), dim=0, stable=True)
+def best_few(candidates: Candidates, losses: Tensor, count: int) -> Mapping[str, Tensor]:
+    """Qparams [≤ count, B, 1] of the candidates with the least loss of every block, best first, equal ones in their order."""
+    order = torch.argsort(torch.where(torch.isnan(losses), torch.inf, losses), dim=0, stable=True)
     return candidates.pick(order[:count])
 
 

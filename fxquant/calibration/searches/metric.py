@@ -112,15 +112,29 @@ def choose(metric: Metric, families: Iterable[Candidates]) -> Choice:
     """
     best: Choice | None = None
     for family in families:
-        losses = metric.losses(family)
-        losses = torch.where(torch.isnan(losses), torch.inf, losses)
-        loss, index = losses.min(0)[0], losses.argmin(0)
-        chosen = {name: value[0] for name, value in family.pick(index[None]).items()}
-        if best is None or float(loss.sum()) < float(best.loss.sum()):
-            best = Choice(family.format, chosen, loss)
-    if best is None or not bool(torch.isfinite(best.loss).all()):
-        raise CalibrationError(f"{metric.site}: no candidate of a search has a finite loss; leave the site in float")
-    return best
+        choice = best_of(family, metric.losses(family))
+        if best is None or float(choice.loss.sum()) < float(best.loss.sum()):
+            best = choice
+    return finite(metric.site, best)
+
+
+def finite(site: str, choice: Choice | None) -> Choice:
+    """The choice, if there is one and its losses are finite.
+
+    Raises:
+        CalibrationError: otherwise.
+    """
+    if choice is None or not bool(torch.isfinite(choice.loss).all()):
+        raise CalibrationError(f"{site}: no candidate of a search has a finite loss; leave the site in float")
+    return choice
+
+
+def best_of(candidates: Candidates, losses: Tensor) -> Choice:
+    """The candidate with the least of the losses [C, B] of every block; ties keep the first, NaN counts as infinite."""
+    losses = torch.where(torch.isnan(losses), torch.inf, losses)
+    index = losses.argmin(0, keepdim=True)
+    chosen = {name: value[0] for name, value in candidates.pick(index).items()}
+    return Choice(candidates.format, chosen, losses.gather(0, index)[0])
 
 
 def range_candidates(format: Format, low: Tensor, high: Tensor) -> Candidates:

@@ -33,3 +33,8 @@ def scan_formats(metric: Metric, samples: Samples, formats: Iterable[Format]) ->
 
 def _fitted(format: Format, samples: Samples) -> Candidates:
     return Candidates(format, {name: value[None] for name, value in format.fit(samples.values).items()})
+
+
+def whole_numbers(values: range, blocks: int) -> Tensor:
+    """The numbers as a qparam float32 [C, B, 1]: one candidate each."""
+    return torch.tensor(list(values), dtype=torch.float32)[:, None, None].expand(-1, blocks, 1)
