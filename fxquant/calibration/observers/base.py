@@ -6,7 +6,7 @@ is deterministic.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from fxquant.errors import CalibrationError
 from fxquant.granularity import Granularity, PerGroup, PerTensor, PerToken
 
 State = dict[str, Tensor]
+# Values worked on at once: 4 MB of float32, so that temporaries stay small.
+CHUNK = 1 << 20
 
 
 class Observer(ABC):
@@ -129,7 +131,20 @@ class BlockObserver(Observer):
         """The state after blocks [B, n]."""
 
     def _summarize(self, x: Tensor) -> State:
-        return self._summarize_blocks(stream_blocks(self.site, x, self.granularity))
+        first, *rest = self._parts(stream_blocks(self.site, x, self.granularity))
+        state = self._summarize_blocks(first)
+        for part in rest:
+            state = self._join(state, self._summarize_blocks(part))
+        return state
+
+    @property
+    def _state_size(self) -> int:
+        """About how many numbers the state has for a block."""
+        return 1
+
+    def _parts(self, blocks: Tensor) -> Sequence[Tensor]:
+        """The blocks in parts of ``CHUNK`` values, or as many as the state has numbers: so that temporaries stay small."""
+        return blocks.split(max(CHUNK // len(blocks), self._state_size), dim=1)
 
 
 def stream_blocks(site: str, x: Tensor, granularity: Granularity) -> Tensor:

@@ -3,6 +3,8 @@
 FQ-ViT: σ = 0.01; min-max, or the 0.99999 and 0.00001 quantiles for its percentile. vit-quantizers section 2, confirmed.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,10 @@ class EmaExtent(BlockObserver):
             low, high = samples.quantile(1 - self.quantile), samples.quantile(self.quantile)
         low, high = low.to(torch.float64), high.to(torch.float64)
         return {"low": low, "high": high, "first_low": low, "first_high": high, "batches": torch.ones(1, dtype=torch.int64)}
+
+    def _parts(self, blocks: Tensor) -> Sequence[Tensor]:
+        """The batch is the unit of the average."""
+        return (blocks,)
 
     def _join(self, first: State, second: State) -> State:
         keep = (1 - self.momentum) ** int(second["batches"])

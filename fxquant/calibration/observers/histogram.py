@@ -49,6 +49,10 @@ class Histogram(BlockObserver):
         values = torch.minimum(torch.maximum(centres, seen["low"]), seen["high"])
         return Samples(self.site, values, seen["low"], seen["high"], seen["counts"])
 
+    @property
+    def _state_size(self) -> int:
+        return self.bins
+
     def _summarize_blocks(self, blocks: Tensor) -> State:
         low, high = torch.aminmax(blocks, dim=1, keepdim=True)
         peak = torch.maximum(-low, high)

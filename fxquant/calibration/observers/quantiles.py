@@ -53,6 +53,10 @@ class QuantileSketch(BlockObserver):
         """The quantile of everything seen, float32 [B, 1]."""
         return self.samples().quantile(fraction)
 
+    @property
+    def _state_size(self) -> int:
+        return (2 * OCTAVES) << self.mantissa_bits
+
     def _summarize_blocks(self, blocks: Tensor) -> State:
         low, high = torch.aminmax(blocks, dim=1, keepdim=True)
         return {"counts": count_buckets(blocks, self.mantissa_bits), "low": low, "high": high}

@@ -8,12 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fxquant.calibration.observers.base import refuse_flat, stream_blocks
+from fxquant.calibration.observers.base import CHUNK, refuse_flat, stream_blocks
 from fxquant.errors import CalibrationError
 from fxquant.granularity import Granularity, PerTensor
-
-# Values worked on at once: 4 MB of float32, so that a search's temporaries stay small.
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fxquant.calibration.observers.samples import CHUNK, Samples
+from fxquant.calibration.observers.base import CHUNK
+from fxquant.calibration.observers.samples import Samples
 from fxquant.calibration.searches.objectives import second_order, squared_error
 from fxquant.errors import CalibrationError
 from fxquant.formats.base import Format
