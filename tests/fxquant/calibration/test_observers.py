@@ -63,6 +63,9 @@ def same(first: Observer, second: Observer, *, exact: bool = True) -> bool:
 
 
 def close(first: Tensor, second: Tensor) -> bool:
+    """Within 1e-6 of the greatest magnitude."""
+    if not first.numel():
+        return not second.numel()
     apart = (first.to(torch.float64) - second.to(torch.float64)).abs()
     return float(apart.amax()) <= 1e-6 * float(first.abs().amax())
 
