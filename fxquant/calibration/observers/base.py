@@ -2,7 +2,7 @@
 
 The state of an observer is a dict of tensors whose size does not depend on the amount of data. ``observe`` joins the batch's
 summary to it, ``merge`` that of another observer (data that came later), ``state`` and ``restore`` stop and resume. All of it
-is deterministic.
+is deterministic on the CPU, where data of other devices are brought.
 """
 
 from abc import ABC, abstractmethod
@@ -95,7 +95,7 @@ class Observer(ABC):
             raise CalibrationError(f"{self.site}: a batch of shape {tuple(x.shape)} is empty; leave such batches out")
         if not x.is_floating_point():
             raise CalibrationError(f"{self.site}: values are {x.dtype}; only floating-point tensors are observed")
-        wide = x.to(torch.float32)
+        wide = x.to("cpu", torch.float32)
         bad = int((~torch.isfinite(wide)).sum())
         if bad:
             raise CalibrationError(f"{self.site}: {bad} of {x.numel()} values of a batch are not finite")
@@ -144,7 +144,8 @@ class BlockObserver(Observer):
 
     def _parts(self, blocks: Tensor) -> Sequence[Tensor]:
         """The blocks in parts of ``CHUNK`` values, or as many as the state has numbers: so that temporaries stay small."""
-        return blocks.split(max(CHUNK // len(blocks), self._state_size), dim=1)
+        parts: tuple[Tensor, ...] = blocks.split(max(CHUNK // len(blocks), self._state_size), dim=1)
+        return parts
 
 
 def stream_blocks(site: str, x: Tensor, granularity: Granularity) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fxquant.calibration.observers.base import CHUNK, refuse_flat, stream_blocks
+from fxquant.calibration.observers.base import CHUNK, refuse_flat
 from fxquant.errors import CalibrationError
-from fxquant.granularity import Granularity, PerTensor
+from fxquant.granularity import Granularity, PerGroup, PerTensor
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,17 @@ class Samples:
 
     @classmethod
     def of(cls, site: str, x: Tensor, granularity: Granularity | None = None) -> Self:
-        """All values of a tensor.
+        """All values of a tensor in the blocks of a granularity. (For groups of channels that share qparams over all rows:
+        ``stream_blocks``, then PerChannel(0).)
 
         Raises:
-            CalibrationError: there are none, or one is not finite.
+            CalibrationError: there are none, one is not finite, or a last group would have to be filled up.
         """
         if not x.numel() or not bool(torch.isfinite(x).all()):
             raise CalibrationError(f"{site}: a search needs finite values, and at least one")
-        blocks = stream_blocks(site, x.detach().to(torch.float32), granularity or PerTensor())
+        if isinstance(granularity, PerGroup) and x.shape[-1] % granularity.size:
+            raise CalibrationError(f"{site}: group size {granularity.size} does not divide {x.shape[-1]} channels")
+        blocks = (granularity or PerTensor()).blocks(x.detach().to("cpu", torch.float32))
         return cls(site, blocks, *torch.aminmax(blocks, dim=1, keepdim=True))
 
     @property

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fxquant.calibration.observers.samples import Samples
 from fxquant.calibration.searches.metric import Candidates, Choice, Metric, best_of, finite
+from fxquant.calibration.searches.scale_grid import refuse_power_of_two
+from fxquant.errors import CalibrationError
 from fxquant.formats.uniform import Uniform
 from fxquant.reference import SMALLEST
 
@@ -39,6 +41,9 @@ def fpcs(metric: Metric, samples: Samples, format: Uniform, *, zero_points: int 
     ``zero_points``: how many whole numbers around n / 2 are tried; by default min(16, n), as for activations of linears;
     the published number for weights and for operands of matmuls is min(16, n / 2), at least 1.
     """
+    refuse_power_of_two(metric.site, format)
+    if format.is_symmetric:
+        raise CalibrationError(f"{metric.site}: {format.name} has no zero point to search; use scale_grid")
     count = zero_points or min(MOST_ZERO_POINTS, format.code_count)
     start, spacing = _coarse(samples, format, count)
     return combine_progressively(metric, start, spacing)

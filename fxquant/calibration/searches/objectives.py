@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from fxquant.errors import CalibrationError
+
 # (output, output with quantized operands, gradient of the loss or None), each [..., R, N] -> errors float64
 OutputObjective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -26,9 +28,14 @@ def output_mse(output: Tensor, approximation: Tensor, gradient: Tensor | None = 
 
 
 def hessian_weighted(output: Tensor, approximation: Tensor, gradient: Tensor | None = None) -> Tensor:
-    """``(g (o - ô))²`` with the gradient g of the loss at the output: PTQ4ViT's metric; without a gradient ``output_mse``."""
-    error = (output - approximation).to(torch.float64)
-    return (error if gradient is None else error * gradient).square()
+    """``(g (o - ô))²`` with the gradient g of the loss at the output: PTQ4ViT's metric.
+
+    Raises:
+        CalibrationError: there is no gradient.
+    """
+    if gradient is None:
+        raise CalibrationError("the Hessian-weighted error needs the gradient at the output; use output_mse without one")
+    return ((output - approximation).to(torch.float64) * gradient).square()
 
 
 def cosine(output: Tensor, approximation: Tensor, gradient: Tensor | None = None) -> Tensor:

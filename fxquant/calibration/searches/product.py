@@ -43,6 +43,18 @@ class Product:
             raise CalibrationError(f"{self.site}: a product is of two or of four axes on both sides, not of {shapes}")
         if not bool(torch.isfinite(self.left).all() and torch.isfinite(self.right).all()):
             raise CalibrationError(f"{self.site}: an operand has values that are not finite")
+        if self.gradient is not None:
+            self._check_gradient(self.gradient)
+
+    def _check_gradient(self, gradient: Tensor) -> None:
+        """At the very point that a loss compares with, its gradient is zero or rounding noise, which would weigh nothing."""
+        expected = (*self.left.shape[:-1], self.right.shape[0] if self.is_linear else self.right.shape[-1])
+        if gradient.shape != expected:
+            shapes = f"{tuple(gradient.shape)}, the output {expected}"
+            raise CalibrationError(f"{self.site}: the gradient is of shape {shapes}")
+        if not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
+            way = "take it of a loss with labels, or after a perturbation"
+            raise CalibrationError(f"{self.site}: the gradient is zero everywhere or not finite; {way}")
 
     @property
     def is_linear(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxquant.calibration.observers.samples import Samples
 from fxquant.calibration.searches.metric import Candidates, Choice, Metric, choose
+from fxquant.errors import CalibrationError
 from fxquant.formats.base import Format
 from fxquant.formats.uniform import Uniform
 from fxquant.reference import SMALLEST
@@ -25,11 +26,14 @@ def scale_grid(
     metric: Metric, format: Format, start: Mapping[str, Tensor], grid: Sequence[float] = factors(), *, name: str = "scale"
 ) -> Choice:
     """Qparams [B, 1] like ``start`` with the best multiple of ``name``; ties keep the first, which is the smallest."""
+    refuse_power_of_two(metric.site, format)
     return choose(metric, [scaled(format, start, grid, name)])
 
 
 def half_step_start(samples: Samples, format: Uniform) -> dict[str, Tensor]:
     """PTQ4ViT's and AdaLog's first scale of symmetric codes, ``max|x| / (2^(b-1) - 1/2)``: half a step is clipped at +max."""
+    if not format.is_symmetric:
+        raise CalibrationError(f"{samples.site}: {format.name} is not symmetric; start from min_max")
     low, high = samples.extent()
     return {"scale": (torch.maximum(-low, high) / (format.qmax + 0.5)).clamp_min(SMALLEST)}
 
@@ -38,4 +42,15 @@ def scaled(format: Format, start: Mapping[str, Tensor], grid: Sequence[float], n
     """One candidate for each factor."""
     times = torch.tensor(grid, dtype=torch.float64)[:, None, None]
     qparams = {key: value.expand(len(grid), *value.shape) for key, value in start.items()}
-    return Candidates(format, {**qparams, name: (start[name] * times).to(torch.float32)})
+    values = (start[name] * times).to(torch.float32)
+    return Candidates(format, {**qparams, name: values.clamp_min(SMALLEST) if name == "scale" else values})
+
+
+def refuse_power_of_two(site: str, format: Format) -> None:
+    """Refuse formats whose scales are powers of two: multiples are not.
+
+    Raises:
+        CalibrationError: naming the site.
+    """
+    if isinstance(format, Uniform) and format.power_of_two:
+        raise CalibrationError(f"{site}: the scales of {format.name} are powers of two; use a search over ranges such as omse")

@@ -26,7 +26,7 @@ from fxquant.calibration.searches.metric import range_candidates
 from fxquant.calibration.searches.ranges import IAS_WEIGHT_FRACTIONS, REPQ_FRACTIONS
 from fxquant.errors import CalibrationError
 from fxquant.formats import Uniform
-from fxquant.granularity import PerChannel, PerTensor
+from fxquant.granularity import PerChannel, PerGroup, PerTensor
 
 X = torch.tensor([-0.9, -0.35, 0, 0.12, 0.5, 1.31, 2.1])
 OUTLIER = torch.cat([torch.linspace(-1, 1, 41), torch.tensor([6.0])])
@@ -108,6 +108,18 @@ def test_of_several_formats_the_best_over_all_blocks_is_taken() -> None:
     choice = scan_formats(TensorMetric(samples), samples, [Uniform(4, is_symmetric=True), Uniform(4), Uniform(2)])
     assert choice.format == Uniform(4)
     assert choice.loss.shape == (4,)
+
+
+def test_groups_of_a_weight_have_qparams_of_their_own() -> None:
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    choice = omse(Samples.of("fc1", weight, PerGroup(4)), Uniform(4))
+    assert choice.qparams["scale"].shape == (6, 1)
+    for row in range(3):
+        alone = omse(Samples.of("fc1", weight[row, 4:]), Uniform(4))
+        assert torch.equal(alone.qparams["scale"], choice.qparams["scale"][2 * row + 1 : 2 * row + 2])
+    assert choice.fake_quant(weight, PerGroup(4)).shape == weight.shape
+    with pytest.raises(CalibrationError, match=r"^fc1: group size 3 does not divide 8 channels"):
+        Samples.of("fc1", weight, PerGroup(3))
 
 
 def test_no_finite_loss_is_refused_by_name() -> None:

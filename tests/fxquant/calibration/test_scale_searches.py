@@ -152,6 +152,42 @@ def test_operands_that_are_no_product_are_refused() -> None:
         Product("fc1", torch.full((2, 3), torch.nan), random(5, 3), PerTensor(), PerTensor())
 
 
+@pytest.mark.parametrize(
+    ("gradient", "message"),
+    [
+        (torch.zeros(2, 5), "zero everywhere or not finite; take it of a loss with labels"),
+        (torch.full((2, 5), torch.inf), "zero everywhere or not finite"),
+        (torch.ones(2, 3), r"of shape \(2, 3\), the output \(2, 5\)"),
+    ],
+)
+def test_gradients_that_weigh_nothing_are_refused(gradient: Tensor, message: str) -> None:
+    with pytest.raises(CalibrationError, match=f"^fc1: the gradient is {message}"):
+        Product("fc1", random(2, 3), random(5, 3), PerTensor(), PerTensor(), hessian_weighted, gradient)
+
+
+def test_formats_that_a_search_cannot_serve_are_refused() -> None:
+    samples = Samples.of("fc1", random(100))
+    metric = TensorMetric(samples)
+    with pytest.raises(CalibrationError, match=r"^fc1: the scales of affine4-pow2 are powers of two"):
+        fpcs(metric, samples, Uniform(4, power_of_two=True))
+    with pytest.raises(CalibrationError, match=r"^fc1: the scales of symmetric4-pow2 are powers of two"):
+        scale_grid(metric, Uniform(4, True, True), {"scale": torch.ones(1, 1)})
+    with pytest.raises(CalibrationError, match=r"^fc1: symmetric4 has no zero point to search"):
+        fpcs(metric, samples, SYMMETRIC)
+    with pytest.raises(CalibrationError, match=r"^fc1: affine4 is not symmetric"):
+        half_step_start(samples, Uniform(4))
+
+
+def test_ranges_are_searched_by_the_output_too() -> None:
+    product = linear_product()
+    samples = Samples.of("fc1", product.right, PerChannel(0))
+    metric = product.metric("right")
+    by_output, by_tensor = omse(samples, SYMMETRIC, metric=metric), omse(samples, SYMMETRIC)
+    losses = metric.losses(Candidates(SYMMETRIC, {"scale": by_tensor.qparams["scale"][None]}))[0]
+    assert bool((by_output.loss <= losses).all())
+    assert bool((by_output.loss < losses).any())
+
+
 class Counting:
     """A metric that counts evaluations; the best scale is 0.3, the best zero point 7."""
 
