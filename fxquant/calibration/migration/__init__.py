@@ -1,4 +1,4 @@
-"""Migrations: factors [K] by which a linear's input is divided and its weight multiplied, and the rotations. The function stays.
+"""Migrations: factors [K] by which a linear's input is divided and its weight multiplied, and rotations. The function stays.
 
 | method | what it gives | from |
 |---|---|---|

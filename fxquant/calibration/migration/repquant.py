@@ -2,7 +2,7 @@
 
 ::
 
-    u_c = σ(a_c) high_c        l_c = σ(d_c) low_c        s_c = (u_c - l_c) / (n - 1)        z_c = clip(rne(-l_c / s_c), 0, n - 1)
+    u_c = σ(a_c) high_c    l_c = σ(d_c) low_c    s_c = (u_c - l_c) / (n - 1)        z_c = clip(rne(-l_c / s_c), 0, n - 1)
 
 Two ends, because channels are skewed. Then the norm is reparameterized with (s, z), and the weight is rounded after that,
 since its rounding must see the rescaled columns. Unconfirmed: no code was published; the parametrization, the start at

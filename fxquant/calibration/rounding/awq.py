@@ -1,4 +1,4 @@
-"""AWQ's clip search: the scale of every channel and group is shrunk to where its part of the output is nearest to the float one.
+"""AWQ's clip search: the scale of every channel and group is shrunk to where its part of the output is nearest to float.
 
 Shrinks 1 - k / 20 for k < 10; the error is that of the group's partial dot product over the tokens, eᵀ H_gg e (the published
 code takes at most 512 tokens, the Hessian all that were seen, and skips the q and k projections, which is the caller's

@@ -10,14 +10,14 @@ here (the difference is of second order).
 
 from torch import Tensor
 
-from fxquant.calibration.rounding.gptq import Options, solve
+from fxquant.calibration.rounding.gptq import DEFAULT, Options, solve
 from fxquant.calibration.seen import Seen
 
 STRENGTH = 0.25  # α of the repository
 
 
 def round_weight(
-    weight: Tensor, bits: int, group: int, seen: Seen, options: Options = Options(), strength: float = STRENGTH
+    weight: Tensor, bits: int, group: int, seen: Seen, options: Options = DEFAULT, strength: float = STRENGTH
 ) -> tuple[Tensor, Tensor]:
     """codes int8 [N, K] and scale float32 [N] or [N, G].
 

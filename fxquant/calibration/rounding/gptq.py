@@ -32,16 +32,21 @@ ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Options:
-    """``scale_of(weight, bits, group)`` gives the scales; ``block`` columns are swept before the rest is updated."""
+    """``scale_of(weight, bits, group)`` gives the scales; ``block`` columns are swept before the rest is updated; without
+    ``keep_nearest`` the result is the publication's, a row worse than nearest codes or not."""
 
     damp: float = 0.01
     act_order: bool = False
     static_groups: bool = False
     scale_of: Callable[[Tensor, int, int], Tensor] = absmax_scale
     block: int = 128
+    keep_nearest: bool = True
 
 
-def round_weight(weight: Tensor, bits: int, group: int, seen: Seen, options: Options = Options()) -> tuple[Tensor, Tensor]:
+DEFAULT = Options()
+
+
+def round_weight(weight: Tensor, bits: int, group: int, seen: Seen, options: Options = DEFAULT) -> tuple[Tensor, Tensor]:
     """codes int8 [N, K] and scale float32 [N] or [N, G].
 
     Raises:
@@ -68,9 +73,10 @@ def solve(
         steps = spread(scale, weight.shape[1], group)[:, order].to(torch.float64).T.contiguous()
         codes = torch.empty_like(nearest[0])
         codes[:, order] = _sweep(weight[:, order], steps, factor, push, largest_code(bits), options.block)
-        return keep_better(weight, (codes, scale), nearest, group, hessian, cross)
-    found = _sweep_groups(weight, bits, group, factor, push, options)
-    return keep_better(weight, found, nearest, group, hessian, cross)
+        found = codes, scale
+    else:
+        found = _sweep_groups(weight, bits, group, factor, push, options)
+    return keep_better(weight, found, nearest, group, hessian, cross) if options.keep_nearest else found
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:

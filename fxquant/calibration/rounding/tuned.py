@@ -33,7 +33,10 @@ class Options:
     progress: Callable[[int, float], None] | None = None
 
 
-def round_weight(weight: Tensor, bits: int, group: int, seen: Seen, options: Options = Options()) -> tuple[Tensor, Tensor]:
+DEFAULT = Options()
+
+
+def round_weight(weight: Tensor, bits: int, group: int, seen: Seen, options: Options = DEFAULT) -> tuple[Tensor, Tensor]:
     """codes int8 [N, K] and scale float32 [N] or [N, G]; needs rows, and float_rows where the goal is the float output."""
     weight = as_matrix(weight, group)
     rows = seen.need("rows", "tuned").to(torch.float32)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.rounding import awq, flexq, hessian_weighted, mse, nearest
-from fxquant.calibration.rounding.grid import decode, encode, output_sqnr, row_errors
+from fxquant.calibration.rounding.grid import decode, output_sqnr, row_errors
 from fxquant.calibration.seen import Seen, see
 from fxquant.errors import CalibrationError
 from fxquant.reference import linear_dynamic, quantize_weight, quantize_weight_groups
