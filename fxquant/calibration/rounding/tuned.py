@@ -66,5 +66,5 @@ def _tune(weight: Tensor, steps: Tensor, qmax: int, rows: Tensor, goal: Tensor, 
             error.backward()
             adam.step()
             if options.progress is not None and iteration % options.check_every == 0:
-                options.progress(iteration, float(error))
+                options.progress(iteration, float(error.detach()))
     return tuned.detach()
