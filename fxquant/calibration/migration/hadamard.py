@@ -27,13 +27,15 @@ def hadamard(n: int) -> Tensor:
         CalibrationError: neither construction reaches n.
     """
     base, power = split_order(n)
-    return torch.kron(_base(base), sylvester(power))
+    matrix: Tensor = torch.kron(_base(base), sylvester(power))
+    return matrix
 
 
 def randomized(n: int, seed: int) -> Tensor:
     """The orthogonal matrix H diag(±1) / √n, float64, of QuaRot."""
     signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)).to(torch.float64) * 2 - 1
-    return hadamard(n) * signs / n**0.5
+    rotation: Tensor = hadamard(n) * signs / n**0.5
+    return rotation
 
 
 def transform(x: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ def transform(x: Tensor) -> Tensor:
         size *= 2
     if base > 1:
         parts = torch.einsum("rap,ab->rbp", parts, _base(base).to(x.dtype))
-    return (parts / x.shape[-1] ** 0.5).reshape(x.shape)
+    result: Tensor = (parts / x.shape[-1] ** 0.5).reshape(x.shape)
+    return result
 
 
 def sylvester(power: int) -> Tensor:

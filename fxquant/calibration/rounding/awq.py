@@ -17,10 +17,15 @@ from fxquant.calibration.seen import Seen
 SHRINKS = tuple(1 - k / 20 for k in range(10))  # of the AWQ repository
 
 
+def choose_scale(weight: Tensor, bits: int, group: int, seen: Seen, shrinks: Sequence[float] = SHRINKS) -> Tensor:
+    """The scale of every channel or group, float32 [N] or [N, G]."""
+    return search_scale(weight, bits, group, shrinks, block_metric(seen.need("hessian", "awq")))
+
+
 def round_weight(
     weight: Tensor, bits: int, group: int, seen: Seen, shrinks: Sequence[float] = SHRINKS
 ) -> tuple[Tensor, Tensor]:
     """codes int8 [N, K] and scale float32 [N] or [N, G]."""
     weight = as_matrix(weight, group)
-    scale = search_scale(weight, bits, group, shrinks, block_metric(seen.need("hessian", "awq")))
+    scale = choose_scale(weight, bits, group, seen, shrinks)
     return encode(weight, scale, bits, group), scale

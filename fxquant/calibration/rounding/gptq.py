@@ -10,6 +10,8 @@ in blocks of columns, so that what lies behind a block is updated by one product
 - A group's scale is taken from the columns as they stand when the sweep reaches it; ``static_groups`` takes all scales from
   the weight as it came. ``act_order`` sweeps by falling H_jj; the kernels want groups of neighbours, so scales are static then.
 - A Cholesky factor that does not exist is sought again with ten times the damping.
+- Scales of ``mse.choose_scale`` or, for static groups, ``partial(hessian_weighted.choose_scale, seen=seen)`` cost nothing more
+  and are better than max|w| / m at few bits.
 - GPTQ is greedy: a row whose error ½ ΔW H ΔWᵀ came out above that of nearest codes gets the nearest codes (ours).
 
 Affine in the publication, symmetric here because the kernels are symmetric.
@@ -94,7 +96,8 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
             upper = lower.flip(0, 1)  # H = upper upperᵀ
-            return torch.linalg.solve_triangular(upper, torch.eye(len(wide), dtype=torch.float64), upper=True)
+            inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(wide), dtype=torch.float64), upper=True)
+            return inverse
     raise CalibrationError(
         f"the hessian [{len(wide)}, {len(wide)}] is not positive definite, even with {strength:.3g} added to its diagonal; "
         "it must be (2 / n) XᵀX of finite rows"

@@ -14,11 +14,16 @@ from fxquant.calibration.rounding.search import diagonal_metric, search_scale
 from fxquant.calibration.seen import Seen
 
 
+def choose_scale(weight: Tensor, bits: int, group: int, seen: Seen, shrinks: Sequence[float] = SHRINKS) -> Tensor:
+    """The scale of every channel or group, float32 [N] or [N, G]."""
+    known = seen.hessian.diagonal() if seen.hessian is not None else seen.need("mean_square", "hessian_weighted")
+    return search_scale(weight, bits, group, shrinks, diagonal_metric(known))
+
+
 def round_weight(
     weight: Tensor, bits: int, group: int, seen: Seen, shrinks: Sequence[float] = SHRINKS
 ) -> tuple[Tensor, Tensor]:
     """codes int8 [N, K] and scale float32 [N] or [N, G]."""
     weight = as_matrix(weight, group)
-    known = seen.hessian.diagonal() if seen.hessian is not None else seen.need("mean_square", "hessian_weighted")
-    scale = search_scale(weight, bits, group, shrinks, diagonal_metric(known))
+    scale = choose_scale(weight, bits, group, seen, shrinks)
     return encode(weight, scale, bits, group), scale

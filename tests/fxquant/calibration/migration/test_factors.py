@@ -47,7 +47,8 @@ def test_the_worked_example_of_smoothquant() -> None:
 def symmetric(x: Tensor, bits: int) -> Tensor:
     """Rows rounded and decoded in float64: many quotients of the example are ties, which float32 breaks at random."""
     scale = x.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    return torch.round(x / scale) * scale
+    rounded: Tensor = torch.round(x / scale) * scale
+    return rounded
 
 
 @pytest.mark.parametrize(("bits", "before", "after"), [(8, 6.648e-3, 2.935e-4), (4, 1.0387, 0.9505)])
@@ -180,7 +181,8 @@ def test_a_factor_of_values_is_exact_under_grouped_queries() -> None:
 
     def attend(value: Tensor, output: Tensor) -> Tensor:
         heads = (x @ value.T).unflatten(1, (2, 4)).transpose(0, 1).repeat_interleave(3, 0)
-        return (mix @ heads).transpose(0, 1).flatten(1) @ output.T
+        attended: Tensor = (mix @ heads).transpose(0, 1).flatten(1) @ output.T
+        return attended
 
     divided, _ = factors.divide_norm(value, None, of_values)
     torch.testing.assert_close(attend(divided, output * shared), attend(value, output), rtol=1e-12, atol=1e-12)

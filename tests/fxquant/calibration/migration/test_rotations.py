@@ -90,8 +90,8 @@ def test_a_random_rotation_is_orthogonal_and_its_seeds() -> None:
 
 
 def test_an_order_without_a_matrix_is_refused_with_the_blocks_that_there_are() -> None:
-    with pytest.raises(CalibrationError, match=r"no Hadamard matrix of order 1376 .* blocks of 32 on the diagonal"):
-        hadamard.split_order(1376)
+    with pytest.raises(CalibrationError, match=r"no Hadamard matrix of order 1888 .* blocks of 32 on the diagonal"):
+        hadamard.split_order(1888)
     with pytest.raises(CalibrationError, match="no power of two of at least 32"):
         hadamard.split_order(100 - 8)
 
@@ -104,7 +104,8 @@ def decoder(seed: int = 0) -> Decoder:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+        drawn: Tensor = torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+        return drawn
 
     def block() -> Block:
         return Block(
@@ -130,6 +131,9 @@ def run(model: Decoder, online: bool = False) -> Tensor:
     x = model.embedding[torch.arange(10) * 3]
     mask = torch.ones(10, 10, dtype=torch.bool).tril()
     for block in model.blocks:
+        assert block.v_bias is not None
+        assert block.o_bias is not None
+        assert block.down_bias is not None
         h = rms_norm(x, (WIDTH,), block.attention_norm, 1e-6)
         q, k = (h @ weight.T for weight in (block.q, block.k))
         v = h @ block.v.T + block.v_bias
@@ -179,6 +183,7 @@ def test_a_centred_writer_makes_layer_norm_an_rms_norm() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((5, 16), (48, 16), (48,)))
     centred, shifted = quarot.center_writer(weight, bias)
+    assert shifted is not None
     before = layer_norm(x @ weight.T + bias, (48,), eps=1e-5)
     torch.testing.assert_close(rms_norm(x @ centred.T + shifted, (48,), eps=1e-5), before, rtol=1e-12, atol=1e-12)
 

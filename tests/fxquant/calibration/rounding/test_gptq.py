@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.calibration.rounding import gptaq, gptq, mse, nearest
+from fxquant.calibration.rounding import awq, gptaq, gptq, hessian_weighted, mse, nearest
 from fxquant.calibration.rounding.grid import absmax_scale, decode, encode, row_errors
 from fxquant.calibration.seen import Seen, see
 from fxquant.errors import CalibrationError
@@ -30,7 +30,8 @@ def correlated(rows: int, k: int, seed: int) -> Tensor:
     """Rows [n, K] whose channels differ in size and hang together."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(k, k, generator=generator) / k**0.5 + torch.eye(k)
-    return torch.randn(rows, k, generator=generator) @ mixing * (1 + 10 * torch.rand(k, generator=generator) ** 4)
+    drawn: Tensor = torch.randn(rows, k, generator=generator) @ mixing * (1 + 10 * torch.rand(k, generator=generator) ** 4)
+    return drawn
 
 
 def test_the_worked_example_of_the_factor() -> None:
@@ -171,13 +172,22 @@ def test_gptaq_without_strength_is_gptq() -> None:
     assert torch.equal(gptaq.round_weight(weight, 4, 0, see(rows, rows))[0], gptq.round_weight(weight, 4, 0, seen)[0])
 
 
-@pytest.mark.parametrize("scale_of", [partial(mse.choose_scale, norm=2.4), mse.choose_scale])
-def test_scales_can_be_those_of_another_method(scale_of: Callable[[Tensor, int, int], Tensor]) -> None:
+SCALES: dict[str, Callable[[Seen], Callable[[Tensor, int, int], Tensor]]] = {
+    "norm 2.4": lambda seen: partial(mse.choose_scale, norm=2.4),
+    "mse": lambda seen: mse.choose_scale,
+    "hessian_weighted": lambda seen: partial(hessian_weighted.choose_scale, seen=seen),
+    "awq": lambda seen: partial(awq.choose_scale, seen=seen),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("group", [0, 16])
+def test_scales_can_be_those_of_another_method(name: str, group: int) -> None:
     seen, weight = see(correlated(200, 64, 0)), torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
-    codes, scale = gptq.round_weight(weight, 3, 0, seen, gptq.Options(scale_of=scale_of))
-    assert torch.equal(scale, scale_of(weight, 3, 0))
+    scale_of = SCALES[name](seen)
+    codes, scale = gptq.round_weight(weight, 3, group, seen, gptq.Options(scale_of=scale_of, act_order=True))
+    assert torch.equal(scale, scale_of(weight, 3, group))
     hessian = seen.need("hessian", "test")
-    plain = encode(weight, scale, 3, 0)
-    assert (
-        row_errors(weight, decode(codes, scale, 0), hessian).sum() < row_errors(weight, decode(plain, scale, 0), hessian).sum()
-    )
+    plain = encode(weight, scale, 3, group)
+    errors = (row_errors(weight, decode(each, scale, group), hessian).sum() for each in (codes, plain))
+    assert next(errors) < next(errors)

@@ -8,7 +8,7 @@ from fxquant.calibration.rounding import awq, flexq, hessian_weighted, mse, near
 from fxquant.calibration.rounding.grid import decode, output_sqnr, row_errors
 from fxquant.calibration.seen import Seen, see
 from fxquant.errors import CalibrationError
-from fxquant.reference import linear_dynamic, quantize_weight, quantize_weight_groups
+from fxquant.reference import linear_dynamic, linear_groups, quantize_weight, quantize_weight_groups
 
 GAUSSIAN_SQNR = {2: 2.3, 3: 11.2, 4: 18.6, 5: 25.2, 6: 31.5, 8: 43.7}  # dB, symmetric, groups of 128
 
@@ -23,7 +23,8 @@ def inputs(k: int = 96) -> Tensor:
     """Rows [200, K]: channels of unlike size, correlated."""
     generator = torch.Generator().manual_seed(7)
     mixing = torch.eye(k) + torch.randn(k, k, generator=generator) / k**0.5
-    return torch.randn(200, k, generator=generator) @ mixing * torch.logspace(-1, 1, k)
+    drawn: Tensor = torch.randn(200, k, generator=generator) @ mixing * torch.logspace(-1, 1, k)
+    return drawn
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -97,10 +98,11 @@ def test_the_error_of_rows_is_that_of_outputs() -> None:
 
 def test_the_integer_linear_runs_the_codes_of_any_scale() -> None:
     weight, x = weights(), inputs()
-    codes, scale = mse.round_weight(weight, 4)
-    y = linear_dynamic(x, codes, scale, None, 8)
-    exact = x @ decode(codes, scale, 0).T
-    assert float((y - exact).square().mean() / exact.square().mean()) < 1e-3
+    for group in (0, 32):
+        codes, scale = mse.round_weight(weight, 4, group)
+        y = linear_groups(x, codes, scale, None, group) if group else linear_dynamic(x, codes, scale, None, 8)
+        exact = x @ decode(codes, scale, group).T
+        assert float((y - exact).square().mean() / exact.square().mean()) < 1e-3
 
 
 def test_zero_rows_and_columns_are_rounded_to_zero() -> None:
