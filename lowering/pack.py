@@ -35,7 +35,15 @@ class Codes:
 
 
 def round_weight(weight: Tensor, scheme: Scheme) -> Codes:
-    """The codes of a float weight [N, K], with one scale an output channel or a group.
+    """The codes of a float weight [N, K], with one scale an output channel or a group; raises as ``check_weight`` does."""
+    check_weight(weight)
+    if scheme.group:
+        return Codes(*quantize_weight_groups(weight, scheme.weight_bits, scheme.group), scheme.group)
+    return Codes(*quantize_weight(weight, scheme.weight_bits))
+
+
+def check_weight(weight: Tensor) -> None:
+    """Nothing, if a float weight [N, K] can be packed.
 
     Raises:
         PackError: the weight is no matrix, is empty, is not finite, or has more than MAX_K columns.
@@ -47,9 +55,6 @@ def round_weight(weight: Tensor, scheme: Scheme) -> Codes:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise PackError(f"the weight holds {bad} values that are not finite")
-    if scheme.group:
-        return Codes(*quantize_weight_groups(weight, scheme.weight_bits, scheme.group), scheme.group)
-    return Codes(*quantize_weight(weight, scheme.weight_bits))
 
 
 def pack_codes(rounded: Codes, scheme: Scheme) -> Tensor:

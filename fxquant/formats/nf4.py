@@ -85,6 +85,15 @@ class TableCode(Format):
             value = torch.where(codes == code, entry, value)
         return value * qparams["scale"]
 
+    @property
+    def unit_values(self) -> Tensor:
+        """``values``, float32 [16]."""
+        return torch.tensor(self.values)
+
+    def step(self, qparams: QParams) -> Tensor:
+        """What a block's values are multiples of ``values`` of, float32 [blocks, 1]."""
+        return qparams["scale"]
+
     def passes(self, x: Tensor, qparams: QParams) -> Tensor:
         """Where |x| is below the greatest level."""
         return x.abs() < qparams["scale"]

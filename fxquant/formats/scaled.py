@@ -23,6 +23,11 @@ class ScaledGrid(Format):
     def bits(self) -> int:
         return self.grid.bits
 
+    @property
+    def unit_values(self) -> Tensor:
+        """What the codes stand for with a step of 1, float32 [codes]."""
+        return self.grid.decode(torch.arange(1 << self.bits))
+
     @abstractmethod
     def step(self, qparams: QParams) -> Tensor:
         """What a block's values are multiples of the grid's values of, float32 [blocks, 1]."""
