@@ -10,7 +10,8 @@ operator that ``passes/fuse/linear.py`` writes; nothing else in the pipeline kno
 | stream | weight-only and grouped | linear_stream | 2, 4 or 8 bits in the order in which the kernel reads them |
 | lut | 2-bit weights, 2- to 6-bit activations | linear_lut | two bit planes, four k to an index of a 16-entry table |
 
-A scheme that no row takes has no kernel: aten.linear runs on fake-quantized operands, the weight's value float32.
+A scheme that no row takes has no kernel: aten.linear runs on fake-quantized operands, the weight's value float32. Weights
+of a 4-bit table (FP4, NF4, MXFP4, NVFP4) are streamed too (``lowering/pack_table.py``); their input is fake-quantized.
 
 A float linear that our own kernel computes has no scheme: its operator is ``FLOAT_OPERATOR``, its weight float32 in panels
 of 16 columns.
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from fxquant import ops
-from fxquant.schemes import GROUPED, GROUPS, WIDTHS, FormatScheme, LinearScheme, Scheme
+from fxquant.format_schemes import FormatScheme
+from fxquant.schemes import GROUPED, GROUPS, WIDTHS, LinearScheme, Scheme
 
 
 @dataclass(frozen=True)
@@ -111,3 +113,11 @@ def format_of(scheme: LinearScheme) -> LinearFormat | None:
     if isinstance(scheme, FormatScheme):
         return None
     return next((form for form in FORMATS if form.takes(scheme)), None)
+
+
+def operator_of(scheme: LinearScheme) -> str | None:
+    """The fxquant:: operator that multiplies a scheme's weight; None where its specification runs in float."""
+    if isinstance(scheme, FormatScheme):
+        return None if scheme.table_group is None else STREAM.operator
+    form = format_of(scheme)
+    return None if form is None else form.operator

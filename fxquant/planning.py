@@ -12,9 +12,11 @@ from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.site import Migration, SiteCalibration, StaticCoding, WeightCodes, weight_digest
 from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
+from fxquant.format_schemes import FormatScheme
 from fxquant.linear_choice import FLOAT_TOLERANCE, LinearChoice, choose_linear, not_worth_binding
-from fxquant.linear_formats import FLOAT_OPERATOR, PANEL, STATIC, format_of
+from fxquant.linear_formats import FLOAT_OPERATOR, PANEL, STATIC, format_of, operator_of
 from fxquant.lowering.pack import Codes, Rounded, pack_codes, round_weight, weight_error
+from fxquant.lowering.pack_table import round_to_table
 from fxquant.lowering.timings import Timing
 from fxquant.passes.fuse import FUSIONS
 from fxquant.passes.fuse.fusion import Verdict
@@ -123,9 +125,9 @@ def _decide_linear(node: fx.Node, site: Site, choice: LinearChoice, config: FxQu
         scheme = replace(choice.scheme, static=known is not None and known.static is not None)
         reason = shelf.take(site, weight, scheme, choice.is_auto, known).reason
         if reason is None:
-            form = format_of(scheme)
-            sentence = sentence if form is not None else "; ".join([NO_KERNEL, *([sentence] if sentence else [])])
-            return Decision(site, scheme, sentence, kernel=form.operator if form else None, error_class="QUANTIZED")
+            operator = operator_of(scheme)
+            sentence = sentence if operator else "; ".join([NO_KERNEL, *([sentence] if sentence else [])])
+            return Decision(site, scheme, sentence, kernel=operator, error_class="QUANTIZED")
     if not choice.own_float:
         return Decision(site, reason=reason)
     assert isinstance(weight, fx.Node)
@@ -221,10 +223,12 @@ class Packer:
                 reason=f"auto: rounding the weight costs too much in its worst channel ({error.worst_db:.1f} dB "
                 f"SQNR, {MIN_WEIGHT_SQNR_DB:.0f} dB wanted); an explicit scheme overrides this",
             )
-        blob = None if self.dry_run else self._pack(rounded, scheme)
+        blob = None if self.dry_run else self._pack(rounded, effective, scheme)
         return Packed(blob, sqnr_db=error.overall_db, correction=None if self.dry_run else self._correction(weight))
 
-    def _pack(self, rounded: Codes | Rounded, scheme: LinearScheme) -> Tensor:
+    def _pack(self, rounded: Codes | Rounded, weight: Tensor, scheme: LinearScheme) -> Tensor:
+        if isinstance(scheme, FormatScheme) and scheme.table_group is not None:
+            return round_to_table(weight, scheme.weight).pack()
         packed = pack_codes(rounded, scheme)
         unscaled = format_of(scheme) is None and isinstance(self.static, StaticQParams)
         return packed / self.static.steps if unscaled and isinstance(self.static, StaticQParams) else packed

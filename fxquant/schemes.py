@@ -33,8 +33,9 @@ VNNI (vpdpbusd) and in the scalar kernels every scheme is summed in 32 bits dire
 | w2a4, w2a6 | exact sums by table look-up |
 | w8a16, w4a16, w2a16, each with or without groups; w4a8 with groups | weights read as one stream, for few rows at a time |
 
-Any other widths of 2 to 8 bits, any other group size, and every scheme by a number format (``fxquant.formats``) have no kernel:
-the specification runs in float, compiled, and the report says so.
+Any other widths of 2 to 8 bits and any other group size have no kernel: the specification runs in float, compiled, and the
+report says so. Schemes by number formats are those of ``fxquant.format_schemes``; weights of 4-bit tables are read by the
+kernel of streamed weights, all others run as their specification too.
 
 ``auto`` lets fxquant pick per site and instruction set; ``float`` leaves a site as it is.
 
@@ -51,8 +52,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from fxquant.coding import Coding
 from fxquant.errors import ConfigError
+from fxquant.format_schemes import FORMAT_SCHEMES, FormatScheme
 
 WIDTHS = range(4, 9)  # bits of weights and of activations that the panel kernels know
 BITS = range(2, 9)  # bits of weights and of activations that have a meaning, with a kernel or without
@@ -96,26 +97,6 @@ class Scheme:
         return self.act_bits == FLOAT_BITS
 
 
-@dataclass(frozen=True)
-class FormatScheme:
-    """A linear whose operands are coded in number formats; ``activation`` None leaves the input float.
-
-    The weight's rows and the input's tokens run along the last axis of each.
-    """
-
-    name: str
-    weight: Coding
-    activation: Coding | None
-    static: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name} static" if self.static else self.name
-
-    @property
-    def is_weight_only(self) -> bool:
-        return self.activation is None
-
-
 LinearScheme = Scheme | FormatScheme
 PANEL_SCHEMES = {str(scheme): scheme for scheme in (Scheme(w, a) for w in reversed(WIDTHS) for a in reversed(WIDTHS))}
 LUT_SCHEMES = {str(scheme): scheme for scheme in (Scheme(2, 6), Scheme(2, 4))}
@@ -129,7 +110,6 @@ ATTENTION_SCHEMES = {
     "qk6-pv8": AttentionScheme(6, 8),
 }
 ATTENTION_SETTINGS = ("auto", "off", *ATTENTION_SCHEMES)  # of the option ``attention``
-FORMAT_SCHEMES: dict[str, FormatScheme] = {}
 SETTINGS = ("auto", "float", *SCHEMES, *FORMAT_SCHEMES, *ATTENTION_SCHEMES)  # of a pattern of ``sites``
 
 

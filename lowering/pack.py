@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import PackError
+from fxquant.format_schemes import FormatScheme
 from fxquant.linear_formats import format_of
 from fxquant.reference import MAX_K, quantize_weight, quantize_weight_groups, spread
-from fxquant.schemes import FormatScheme, LinearScheme, Scheme
+from fxquant.schemes import LinearScheme, Scheme
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def round_codes(weight: Tensor, scheme: Scheme) -> Codes:
 
 
 def check_weight(weight: Tensor) -> None:
-    """Whether a weight can be rounded.
+    """Nothing, if a float weight [N, K] can be packed.
 
     Raises:
         PackError: the weight is no matrix, is empty, is not finite, or has more than MAX_K columns.

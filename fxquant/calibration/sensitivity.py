@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fxquant import reference
 from fxquant.calibration.study import Linear, LinearSite, Study
+from fxquant.format_schemes import FormatScheme
 from fxquant.lowering.isa import current_isa
 from fxquant.lowering.pack import round_weight
 from fxquant.lowering.timings import linear_timing
-from fxquant.schemes import FormatScheme, LinearScheme
+from fxquant.schemes import LinearScheme
 
 # Where no table was measured a multiply-accumulate costs this many picoseconds by bits of weight and activation, from the
 # peaks of AVX2 with two threads (cpu-kernels: 226 GFMA/s float, 738 and 364 GOP/s of 8- and 16-bit products).

@@ -60,6 +60,24 @@ class Format(ABC):
     def bits(self) -> int:
         """Bits of storage of one code."""
 
+    @property
+    def block_size(self) -> int | None:
+        """How many values a block has where the format fixes it, else None: the granularity decides."""
+        return None
+
+    @property
+    def qparam_bits(self) -> int:
+        """Bits of storage of the qparams of one block: here one float32 scale."""
+        return 32
+
+    def storage_bits(self, blocks: int, n: int) -> int:
+        """Bits of storage of a tensor of blocks [blocks, n], its qparams included."""
+        return blocks * (n * self.bits + self.qparam_bits)
+
+    def storage_bits_per_value(self, blocks: int, n: int) -> float:
+        """``storage_bits`` a value."""
+        return self.storage_bits(blocks, n) / (blocks * n)
+
     @abstractmethod
     def fit(self, blocks: Tensor) -> QParams:
         """Qparams float32 [blocks, 1] for finite blocks [blocks, n], from their extent; searches are in ``calibration``."""

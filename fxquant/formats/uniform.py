@@ -40,6 +40,10 @@ class Uniform(Format):
         return self.width
 
     @property
+    def qparam_bits(self) -> int:
+        return 32 if self.is_symmetric else 32 + self.width
+
+    @property
     def code_count(self) -> int:
         return (1 << self.width) - (1 if self.is_symmetric else 0)
 

@@ -18,9 +18,11 @@ from fxquant.reference.stream import (
     float_tolerance,
     group_sums,
     linear_groups,
+    linear_table,
     linear_weight_only,
     quantize_weight_groups,
     spread,
+    table_tolerance,
 )
 
 __all__ = [
@@ -36,10 +38,12 @@ __all__ = [
     "linear_groups",
     "linear_static",
     "linear_sums",
+    "linear_table",
     "linear_weight_only",
     "quantize_activation",
     "quantize_static",
     "quantize_weight",
     "quantize_weight_groups",
     "spread",
+    "table_tolerance",
 ]

@@ -16,6 +16,8 @@ of rows, so y is within ``float_tolerance`` of the float64 value of::
 
     y = sum_g scale[n, g] * sum over k in g of x_k q_nk + bias
 
+Codes of a table, 4 bits, stand for any 16 values v; the same holds of them with v[q_nk] for q_nk (``linear_table``).
+
 A row with a value that is not finite gives outputs that are not finite: NaN with integer activations.
 """
 
@@ -68,6 +70,19 @@ def linear_weight_only(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
     weight = codes.to(torch.float64) * spread(scale, codes.shape[1], group).to(torch.float64)
     y = x.to(torch.float64) @ weight.T
     return y if bias is None else y + bias.to(torch.float64)
+
+
+def linear_table(x: Tensor, codes: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """y float64 [M, N] with float activations, from x [M, K], codes int8 [N, K] of values [16], scale [N, G], bias [N]."""
+    return linear_weight_only(x, values.to(torch.float64)[codes.to(torch.int64)], scale, bias, group)
+
+
+def table_tolerance(x: Tensor, codes: Tensor, values: Tensor, scale: Tensor, group: int) -> Tensor:
+    """Largest difference [M, N] of a kernel from ``linear_table``: what K float32 roundings can add up to."""
+    weight = values.abs()[codes.to(torch.int64)].to(torch.float64) * spread(scale, codes.shape[1], group).to(torch.float64)
+    steps = codes.shape[1] ** 0.5 + 8
+    bound: Tensor = torch.finfo(torch.float32).eps * steps * (x.to(torch.float64).abs() @ weight.T)
+    return bound
 
 
 def float_tolerance(x: Tensor, codes: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:

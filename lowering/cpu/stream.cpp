@@ -21,8 +21,10 @@ const StreamKernels& in_force() { return *kStream[fxquant_isa()]; }
 const StreamHeader& header_of(const uint8_t* packed) { return *reinterpret_cast<const StreamHeader*>(packed); }
 
 const uint8_t* panel_of(const uint8_t* packed, const StreamLayout& l, int64_t p) {
-  return packed + 64 + p * l.panel_bytes;
+  return packed + l.panel_at(p);
 }
+
+const float* table_of(const uint8_t* packed) { return reinterpret_cast<const float*>(packed + kHeaderBytes); }
 
 int64_t kind_of(int64_t bits) { return bits == 2 ? 0 : bits == 4 ? 1 : 2; }
 
@@ -30,7 +32,7 @@ int64_t kind_of(int64_t bits) { return bits == 2 ? 0 : bits == 4 ? 1 : 2; }
 void field_scales(const StreamLayout& l, float* scale) {
   for (int64_t k = 0; k < l.step_k; k++) {
     const int64_t field = k % 4 * (l.step_k / 4) + k / 4;  // of the word, from its lowest bits up
-    const bool is_shifted = l.bits != 8 && in_force().masks_in_place;
+    const bool is_shifted = l.bits != 8 && !l.has_table && in_force().masks_in_place;
     scale[k] = is_shifted ? std::ldexp(1.f, static_cast<int>(-l.bits * (field % (l.step_k / 2)))) : 1.f;
   }
 }
@@ -48,7 +50,7 @@ void prepare_float(const float* x, const StreamLayout& l, const float* scale, fl
       for (int64_t j = 0; j < 8; j++) lanes[j] += x[k + j];
     for (; k < end; k++) lanes[0] += x[k];
     const float sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
-    corrections[g] = -static_cast<float>(l.bias()) * sum;
+    corrections[g] = l.bias() == 0 ? 0.f : -static_cast<float>(l.bias()) * sum;
   }
 }
 
@@ -82,12 +84,44 @@ FloatRows floats_in(const uint8_t* scratch, const StreamLayout& l, int64_t m, in
           reinterpret_cast<const float*>(scratch + s.corrections) + first * l.groups};
 }
 
-// One panel against 1 to kPass rows.
-void pass(const uint8_t* scratch, const StreamLayout& l, const uint8_t* panel, int64_t m, int64_t first, int64_t rows, float* out) {
-  if (l.is_integer)
+// Panel p against 1 to kPass rows.
+void pass(
+    const uint8_t* scratch, const StreamLayout& l, const uint8_t* packed, int64_t p, int64_t m, int64_t first, int64_t rows,
+    float* out) {
+  const uint8_t* panel = panel_of(packed, l, p);
+  if (l.has_table)
+    in_force().rows_table[rows - 1](floats_in(scratch, l, m, first), panel, l, table_of(packed), out);
+  else if (l.is_integer)
     in_force().rows_integer[rows - 1](rows_in(scratch, l, m, first), panel, l, out, nullptr);
   else
     in_force().rows_float[kind_of(l.bits)][rows - 1](floats_in(scratch, l, m, first), panel, l, out);
+}
+
+// Header, codes, scales and sums; `out` is zero and of the layout's size.
+void write_panels(const int8_t* codes, const float* scales, const StreamLayout& l, const StreamHeader& header, uint8_t* out) {
+  std::memcpy(out, &header, sizeof header);
+  for (int64_t p = 0; p < l.panels; p++) {
+    uint8_t* panel = out + l.panel_at(p);
+    for (int64_t c = 0; c < kPanel; c++) {
+      const int64_t j = p * kPanel + c;
+      for (int64_t i = 0; i < l.padded_k(); i++) {
+        const int64_t code = j < l.n && i < l.k ? codes[j * l.k + i] : 0;
+        const Place place(l.bits, i % l.step_k, c);
+        panel[l.step_at(i / l.step_k) + place.byte] |= static_cast<uint8_t>((code + l.bias()) << place.shift);
+      }
+      for (int64_t g = 0; g < l.groups && j < l.n; g++) {
+        float* tail = reinterpret_cast<float*>(panel + l.tail_at(g));
+        tail[c] = scales[j * l.groups + g];
+        if (!l.is_integer) continue;
+        int32_t sum = 0;
+        for (int64_t i = g * l.group; i < std::min(l.k, (g + 1) * l.group); i++) sum += codes[j * l.k + i];
+        if (l.has_wide_sums)
+          reinterpret_cast<int32_t*>(tail + kPanel)[c] = sum;
+        else
+          reinterpret_cast<int16_t*>(tail + kPanel)[c] = static_cast<int16_t>(sum);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -107,30 +141,21 @@ extern "C" int32_t fxquant_stream_pack(
   const int32_t limit = (1 << (weight_bits - 1)) - 1;
   if (std::any_of(codes, codes + n * k, [&](int8_t code) { return code < -limit || code > limit; })) return 1;
   std::memset(out, 0, l.bytes);
-  const StreamHeader header{kStreamMagic, kStreamVersion, n, k, weight_bits, act_bits, group, 0};
-  std::memcpy(out, &header, sizeof header);
-  for (int64_t p = 0; p < l.panels; p++) {
-    uint8_t* panel = out + 64 + p * l.panel_bytes;
-    for (int64_t c = 0; c < kPanel; c++) {
-      const int64_t j = p * kPanel + c;
-      for (int64_t i = 0; i < l.padded_k(); i++) {
-        const int64_t code = j < n && i < k ? codes[j * k + i] : 0;
-        const Place place(l.bits, i % l.step_k, c);
-        panel[l.step_at(i / l.step_k) + place.byte] |= static_cast<uint8_t>((code + l.bias()) << place.shift);
-      }
-      for (int64_t g = 0; g < l.groups && j < n; g++) {
-        float* tail = reinterpret_cast<float*>(panel + l.tail_at(g));
-        tail[c] = scales[j * l.groups + g];
-        if (!l.is_integer) continue;
-        int32_t sum = 0;
-        for (int64_t i = g * l.group; i < std::min(k, (g + 1) * l.group); i++) sum += codes[j * k + i];
-        if (l.has_wide_sums)
-          reinterpret_cast<int32_t*>(tail + kPanel)[c] = sum;
-        else
-          reinterpret_cast<int16_t*>(tail + kPanel)[c] = static_cast<int16_t>(sum);
-      }
-    }
-  }
+  write_panels(codes, scales, l, {kStreamMagic, kStreamVersion, n, k, weight_bits, act_bits, group, 0}, out);
+  return 0;
+}
+
+extern "C" int64_t fxquant_stream_table_bytes(int64_t n, int64_t k, int32_t group) {
+  return StreamLayout(n, k, 4, 16, group, true).bytes;
+}
+
+extern "C" int32_t fxquant_stream_pack_table(
+    const int8_t* codes, const float* values, const float* scales, int64_t n, int64_t k, int32_t group, uint8_t* out) {
+  const StreamLayout l(n, k, 4, 16, group, true);
+  if (std::any_of(codes, codes + n * k, [](int8_t code) { return code < 0 || code > 15; })) return 1;
+  std::memset(out, 0, l.bytes);
+  std::memcpy(out + kHeaderBytes, values, kTableBytes);
+  write_panels(codes, scales, l, {kStreamMagic, kStreamVersion, n, k, 4, 16, group, 1}, out);
   return 0;
 }
 
@@ -188,11 +213,10 @@ extern "C" void fxquant_stream_run(
   for (int64_t block = m0; block < m1; block += kRowBlock) {
     const int64_t end = std::min(m1, block + kRowBlock), height = even_share(end - block, kPass);
     for (int64_t j = n0; j < n1; j += kPanel) {
-      const uint8_t* panel = panel_of(packed, l, j / kPanel);
       const int64_t columns = std::min(kPanel, n1 - j);
       for (int64_t i = block; i < end; i += height) {
         const int64_t rows = std::min(height, end - i);
-        pass(scratch, l, panel, m, i, rows, sums);
+        pass(scratch, l, packed, j / kPanel, m, i, rows, sums);
         for (int64_t r = 0; r < rows; r++)
           for (int64_t c = 0; c < columns; c++)
             out[(i - m0 + r) * ldo + (j - n0) + c] = bias == nullptr ? sums[r * kPanel + c] : sums[r * kPanel + c] + bias[j + c];

@@ -14,6 +14,10 @@ FXQUANT_EXPORT int64_t fxquant_stream_packed_bytes(
 FXQUANT_EXPORT int32_t fxquant_stream_pack(
     const int8_t* codes, const float* scales, int64_t n, int64_t k, int32_t weight_bits, int32_t act_bits, int32_t group,
     uint8_t* out);
+// The same for 4-bit codes 0 .. 15 that stand for the 16 values of a table, and float activations.
+FXQUANT_EXPORT int64_t fxquant_stream_table_bytes(int64_t n, int64_t k, int32_t group);
+FXQUANT_EXPORT int32_t fxquant_stream_pack_table(
+    const int8_t* codes, const float* values, const float* scales, int64_t n, int64_t k, int32_t group, uint8_t* out);
 // The way back, for tests: codes int8 [n, k] and scales float [n, groups] of a packed weight.
 FXQUANT_EXPORT void fxquant_stream_unpack(const uint8_t* packed, int8_t* codes, float* scales);
 // Output features n and input features k of a packed weight.

@@ -3,7 +3,8 @@
 // Float activations: a code is masked where it stands in its 32-bit word, without a shift. What is left, code * 2^shift, is
 // converted exactly, and x was multiplied by 2^-shift beforehand, so that the product is the right one. One shift by 16
 // serves the upper half of the word. Integer activations: (code + 8), an unsigned nibble, meets x - 128, a signed byte, in
-// vpmaddubsw; a 16-bit lane takes 8 such products of two: 8 * 2 * 15 * 128 = 30720 <= 32767.
+// vpmaddubsw; a 16-bit lane takes 8 such products of two: 8 * 2 * 15 * 128 = 30720 <= 32767. Codes of a table: vpermps reads
+// 3 bits of an index, so each half of the table is looked up, and the code's top bit, shifted to a float's sign, picks one.
 #include "simd.h"
 #include "stream_layout.h"
 #include "unroll.h"
@@ -75,8 +76,26 @@ inline __attribute__((always_inline)) void step_float(const float* x, int64_t st
   });
 }
 
-template <int Bits, int R>
-void rows_float(const FloatRows& x, const uint8_t* w, const StreamLayout& l, float* out) {
+// The values of field i of 8 words.
+inline __m256 look_up(__m256i words, int i, __m256 lower, __m256 upper) {
+  const __m256i index = _mm256_srli_epi32(words, 4 * i);
+  const __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * i));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index), _mm256_permutevar8x32_ps(upper, index), top);
+}
+
+template <int R>
+inline __attribute__((always_inline)) void step_table(
+    const float* x, int64_t stride, const uint8_t* w, __m256 lower, __m256 upper, FloatSums<R>& sums) {
+  const __m256i a = load(w), b = load(w + 32);
+  each(Range<8>(), [&](auto i) __attribute__((always_inline)) {
+    sums.add(x + k_of<4>(i), stride, i, look_up(a, i, lower, upper), look_up(b, i, lower, upper));
+  });
+}
+
+// `step` adds one step of the panel to the sums.
+template <int Bits, int R, typename Step>
+inline __attribute__((always_inline)) void rows_by(
+    const FloatRows& x, const uint8_t* w, const StreamLayout& l, float* out, Step step) {
   constexpr int kSets = FloatSums<R>::kSets;
   __m256 y[R], z[R];
   each(Range<R>(), [&](auto r) { y[r] = z[r] = _mm256_setzero_ps(); });
@@ -88,7 +107,7 @@ void rows_float(const FloatRows& x, const uint8_t* w, const StreamLayout& l, flo
     });
     for (int64_t s = l.steps_of(g); s > 0; s--, w += kStepBytes, values += 32 / Bits) {
       ahead(w);
-      step_float<Bits, R>(values, x.stride, w, sums);
+      step(values, w, sums);
     }
     const __m256 low = _mm256_loadu_ps(reinterpret_cast<const float*>(w));
     const __m256 high = _mm256_loadu_ps(reinterpret_cast<const float*>(w) + 8);
@@ -104,6 +123,19 @@ void rows_float(const FloatRows& x, const uint8_t* w, const StreamLayout& l, flo
     _mm256_storeu_ps(out + r * kPanel, y[r]);
     _mm256_storeu_ps(out + r * kPanel + 8, z[r]);
   });
+}
+
+template <int Bits, int R>
+void rows_float(const FloatRows& x, const uint8_t* w, const StreamLayout& l, float* out) {
+  rows_by<Bits, R>(x, w, l, out, [&](const float* values, const uint8_t* from, FloatSums<R>& sums)
+                   __attribute__((always_inline)) { step_float<Bits, R>(values, x.stride, from, sums); });
+}
+
+template <int R>
+void rows_table(const FloatRows& x, const uint8_t* w, const StreamLayout& l, const float* table, float* out) {
+  const __m256 lower = _mm256_loadu_ps(table), upper = _mm256_loadu_ps(table + 8);
+  rows_by<4, R>(x, w, l, out, [&](const float* values, const uint8_t* from, FloatSums<R>& sums)
+                __attribute__((always_inline)) { step_table<R>(values, x.stride, from, lower, upper, sums); });
 }
 
 // Columns c .. c + 7 of the sums of a group's codes.
@@ -190,6 +222,7 @@ void rows_integer(const IntegerRows& x, const uint8_t* panel, const StreamLayout
 const StreamKernels kStreamAvx2 = {{{rows_float<2, 1>, rows_float<2, 2>, rows_float<2, 3>, rows_float<2, 4>},
                                     {rows_float<4, 1>, rows_float<4, 2>, rows_float<4, 3>, rows_float<4, 4>},
                                     {rows_float<8, 1>, rows_float<8, 2>, rows_float<8, 3>, rows_float<8, 4>}},
+                                   {rows_table<1>, rows_table<2>, rows_table<3>, rows_table<4>},
                                    {rows_integer<1>, rows_integer<2>, rows_integer<3>, rows_integer<4>}, true};
 
 }  // namespace fxquant::stream

@@ -63,9 +63,9 @@ inline __attribute__((always_inline)) void step_float(
 }
 
 template <int Bits, int R>
-void rows_float(const FloatRows& x, const uint8_t* w, const StreamLayout& l, float* out) {
+inline __attribute__((always_inline)) void rows_by(
+    const FloatRows& x, const uint8_t* w, const StreamLayout& l, __m512 codes, float* out) {
   constexpr int sets = kSets<R>;
-  const __m512 codes = table<Bits == 8 ? 4 : Bits>();
   __m512 y[R];
   each(Range<R>(), [&](auto r) __attribute__((always_inline)) { y[r] = _mm512_setzero_ps(); });
   const float* values = x.values;
@@ -86,6 +86,16 @@ void rows_float(const FloatRows& x, const uint8_t* w, const StreamLayout& l, flo
     w += l.tail;
   }
   each(Range<R>(), [&](auto r) __attribute__((always_inline)) { _mm512_storeu_ps(out + r * kPanel, y[r]); });
+}
+
+template <int Bits, int R>
+void rows_float(const FloatRows& x, const uint8_t* w, const StreamLayout& l, float* out) {
+  rows_by<Bits, R>(x, w, l, table<Bits == 8 ? 4 : Bits>(), out);
+}
+
+template <int R>
+void rows_table(const FloatRows& x, const uint8_t* w, const StreamLayout& l, const float* values, float* out) {
+  rows_by<4, R>(x, w, l, _mm512_loadu_ps(values), out);
 }
 
 inline __m512i sums_w(const Tail& tail) {
@@ -141,6 +151,7 @@ void rows_integer(const IntegerRows& x, const uint8_t* panel, const StreamLayout
 const StreamKernels kStreamAvx512Vnni = {{{rows_float<2, 1>, rows_float<2, 2>, rows_float<2, 3>, rows_float<2, 4>},
                                           {rows_float<4, 1>, rows_float<4, 2>, rows_float<4, 3>, rows_float<4, 4>},
                                           {rows_float<8, 1>, rows_float<8, 2>, rows_float<8, 3>, rows_float<8, 4>}},
+                                         {rows_table<1>, rows_table<2>, rows_table<3>, rows_table<4>},
                                          {rows_integer<1>, rows_integer<2>, rows_integer<3>, rows_integer<4>}, false};
 
 }  // namespace fxquant::stream

@@ -8,6 +8,8 @@
 // Byte b of a word holds, from its lowest bits up, the codes of k = b, 4 + b, 8 + b ...: masking all bytes of a word at once
 // gives 4 neighbours of k for an integer dot product. 2- and 4-bit codes are stored + 2^(bits - 1), as unsigned numbers. An
 // 8-bit step is [4 k][16 columns], signed: it is read by sign extension alone.
+//
+// A weight of a table has 4-bit codes that stand for any 16 floats, which follow the header.
 #pragma once
 #include "layout.h"
 
@@ -19,6 +21,7 @@ namespace fxquant::stream {
 
 constexpr uint32_t kStreamMagic = 0x53515846;  // "FXQS"
 constexpr uint32_t kStreamVersion = 1;
+constexpr int64_t kHeaderBytes = 64, kTableBytes = 64;
 constexpr int64_t kStepBytes = 64;
 constexpr int64_t kAhead = 2048;    // bytes of prefetch: covers the latency of DRAM at the rate that one core can read
 constexpr int64_t kRowBlock = 128;  // rows that meet a panel while it is in cache
@@ -27,24 +30,27 @@ constexpr int64_t kPass = 4;        // rows of one pass over a panel: their sums
 struct StreamHeader {
   uint32_t magic, version;
   int64_t n, k;
-  int32_t weight_bits, act_bits, group, reserved;
+  int32_t weight_bits, act_bits, group, has_table;
 };
 
 struct StreamLayout {
   int64_t n, k, panels, bits, group, groups, step_k, steps, group_steps, tail, panel_bytes, bytes;
-  bool is_integer, has_wide_sums;
+  bool is_integer, has_wide_sums, has_table;
 
-  StreamLayout(int64_t n_, int64_t k_, int32_t weight_bits, int32_t act_bits, int32_t group_)
+  StreamLayout(int64_t n_, int64_t k_, int32_t weight_bits, int32_t act_bits, int32_t group_, bool has_table_ = false)
       : n(n_), k(k_), panels((n_ + kPanel - 1) / kPanel), bits(weight_bits), group(group_ ? group_ : k_),
         groups((k + group - 1) / group), step_k(32 / weight_bits), steps((k + step_k - 1) / step_k),
-        group_steps((group + step_k - 1) / step_k), is_integer(act_bits != 16), has_wide_sums(group_ == 0) {
+        group_steps((group + step_k - 1) / step_k), is_integer(act_bits != 16), has_wide_sums(group_ == 0),
+        has_table(has_table_) {
     tail = 64 + (is_integer ? (has_wide_sums ? 64 : 32) : 0);
     panel_bytes = steps * kStepBytes + groups * tail;
-    bytes = 64 + panels * panel_bytes;
+    bytes = panel_at(panels);
   }
-  explicit StreamLayout(const StreamHeader& h) : StreamLayout(h.n, h.k, h.weight_bits, h.act_bits, h.group) {}
+  explicit StreamLayout(const StreamHeader& h)
+      : StreamLayout(h.n, h.k, h.weight_bits, h.act_bits, h.group, h.has_table != 0) {}
 
-  int64_t bias() const { return bits == 8 ? 0 : int64_t{1} << (bits - 1); }
+  int64_t bias() const { return bits == 8 || has_table ? 0 : int64_t{1} << (bits - 1); }
+  int64_t panel_at(int64_t p) const { return kHeaderBytes + (has_table ? kTableBytes : 0) + p * panel_bytes; }
   int64_t padded_k() const { return steps * step_k; }
   // Offsets inside a panel; `last` because the last group may be shorter.
   int64_t step_at(int64_t step) const { return step * kStepBytes + step / group_steps * tail; }
@@ -108,6 +114,8 @@ struct Tail {
 struct StreamKernels {
   // 1 to kPass rows, one panel -> out[rows][16]; [bits 2, 4, 8][rows - 1].
   void (*rows_float[3][kPass])(const FloatRows& x, const uint8_t* panel, const StreamLayout& l, float* out);
+  // The same for a weight of a table, float [16]; x as it is.
+  void (*rows_table[kPass])(const FloatRows& x, const uint8_t* panel, const StreamLayout& l, const float* table, float* out);
   // `sums`, where it is not null, gets the sums of the groups too: int32 [rows][groups][16].
   void (*rows_integer[kPass])(const IntegerRows& x, const uint8_t* panel, const StreamLayout& l, float* out, int32_t* sums);
   bool masks_in_place;  // rows_float wants x scaled down by what masks leave codes shifted up

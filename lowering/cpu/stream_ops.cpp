@@ -116,6 +116,24 @@ Tensor pack_stream(const Tensor& codes, const Tensor& scales, int64_t weight_bit
   return out;
 }
 
+Tensor pack_stream_table(const Tensor& codes, const Tensor& values, const Tensor& scales, int64_t group) {
+  check_format(4, 16, group);
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.dim() == 2 && codes.numel() > 0,
+                  "fxquant::pack_stream_table: codes must be int8 [n, k], not empty");
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.dim() == 1 && values.size(0) == 16,
+                  "fxquant::pack_stream_table: values must be float32 [16]");
+  const int64_t n = codes.size(0), k = codes.size(1), groups = group == 0 ? 1 : (k + group - 1) / group;
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.dim() == 2 && scales.size(0) == n && scales.size(1) == groups,
+                  "fxquant::pack_stream_table: scales must be float32 [", n, ", ", groups, "]");
+  const Tensor rows = as_contiguous(codes), table = as_contiguous(values), factors = as_contiguous(scales);
+  const auto size = static_cast<int32_t>(group);
+  Tensor out = torch::stable::new_empty(codes, {fxquant_stream_table_bytes(n, k, size)}, ScalarType::Byte);
+  const int32_t status =
+      fxquant_stream_pack_table(data<int8_t>(rows), data<float>(table), data<float>(factors), n, k, size, data<uint8_t>(out));
+  STD_TORCH_CHECK(status == 0, "fxquant::pack_stream_table: a code lies outside of 0 .. 15");
+  return out;
+}
+
 std::tuple<Tensor, Tensor> unpack_stream(const Tensor& packed) {
   const StreamHeader header = header_of(packed);
   const StreamLayout layout(header);
@@ -141,6 +159,7 @@ Tensor stream_sums(const Tensor& x, const Tensor& packed) {
 STABLE_TORCH_LIBRARY_IMPL(fxquant, CPU, m) {
   m.impl("linear_stream", TORCH_BOX(&linear_stream));
   m.impl("pack_stream", TORCH_BOX(&pack_stream));
+  m.impl("pack_stream_table", TORCH_BOX(&pack_stream_table));
   m.impl("unpack_stream", TORCH_BOX(&unpack_stream));
   m.impl("stream_sums", TORCH_BOX(&stream_sums));
 }

@@ -31,6 +31,22 @@ void rows_float(const FloatRows& x, const uint8_t* panel, const StreamLayout& l,
 }
 
 template <int R>
+void rows_table(const FloatRows& x, const uint8_t* panel, const StreamLayout& l, const float* table, float* out) {
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t c = 0; c < kPanel; c++) {
+      float y = 0;
+      for (int64_t g = 0; g < l.groups; g++) {
+        float sum = 0;
+        for (int64_t s = g * l.group_steps; s < g * l.group_steps + l.steps_of(g); s++)
+          for (int64_t k = 0; k < l.step_k; k++)
+            sum += x.values[r * x.stride + s * l.step_k + k] * table[code_at(panel + l.step_at(s), l, k, c)];
+        y += sum * Tail(panel, l, g).scales[c];
+      }
+      out[r * kPanel + c] = y;
+    }
+}
+
+template <int R>
 void rows_integer(const IntegerRows& x, const uint8_t* panel, const StreamLayout& l, float* out, int32_t* sums) {
   for (int64_t r = 0; r < R; r++)
     for (int64_t c = 0; c < kPanel; c++) {
@@ -51,6 +67,7 @@ void rows_integer(const IntegerRows& x, const uint8_t* panel, const StreamLayout
 const StreamKernels kStreamScalar = {{{rows_float<1>, rows_float<2>, rows_float<3>, rows_float<4>},
                                       {rows_float<1>, rows_float<2>, rows_float<3>, rows_float<4>},
                                       {rows_float<1>, rows_float<2>, rows_float<3>, rows_float<4>}},
+                                     {rows_table<1>, rows_table<2>, rows_table<3>, rows_table<4>},
                                      {rows_integer<1>, rows_integer<2>, rows_integer<3>, rows_integer<4>}, false};
 
 }  // namespace fxquant::stream

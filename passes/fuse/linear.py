@@ -20,9 +20,9 @@ from fxquant import ops, reference
 from fxquant._compat import FakeTensorMode
 from fxquant.binding import Packed, Slot, add_input, own_inputs
 from fxquant.capture import remove_dead_code
+from fxquant.format_schemes import FormatScheme
 from fxquant.linear_formats import format_of
 from fxquant.passes.quantize.inline import inline
-from fxquant.schemes import FormatScheme
 
 aten = torch.ops.aten
 OPERATORS = ops.LIBRARY  # importing ops defines the fxquant:: operators
@@ -80,6 +80,9 @@ def _replace(node: fx.Node, packed: fx.Node, correction: fx.Node | None, slot: S
     with graph.inserting_before(node), fake_mode:
         if slot.scheme is None:
             fused = graph.call_function(torch.ops.fxquant.linear_float.default, (x, packed, bias, out_features))
+        elif isinstance(slot.scheme, FormatScheme) and slot.scheme.table_group is not None:
+            bits = (4, 16, slot.scheme.table_group)
+            fused = graph.call_function(torch.ops.fxquant.linear_stream.default, (x, packed, bias, out_features, *bits))
         elif form is None or isinstance(slot.scheme, FormatScheme):
             fused = graph.call_function(aten.linear.default, (_expanded(x, fake_mode), packed, bias))
         else:

@@ -23,9 +23,10 @@ from torch import Tensor, fx
 from fxquant._compat import FakeTensorMode
 from fxquant.binding import Slot, add_input
 from fxquant.calibration.site import StaticCoding
+from fxquant.format_schemes import FormatScheme
 from fxquant.passes.quantize.inline import inline
 from fxquant.reference import MAX_K
-from fxquant.schemes import FormatScheme, Scheme
+from fxquant.schemes import Scheme
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,6 +15,7 @@ from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.site import Migration, SiteCalibration, StaticCoding, WeightCodes, weight_digest
 from fxquant.coding import Coding
 from fxquant.errors import CalibrationError
+from fxquant.format_schemes import FORMAT_SCHEMES
 from fxquant.formats import Uniform
 from fxquant.granularity import PerChannel, PerTensor
 from fxquant.planning import ANOTHER_WEIGHT, NO_KERNEL
@@ -148,3 +149,37 @@ def test_a_coding_quantizes_in_the_shape_of_its_tensor() -> None:
         assert out.shape == x.shape
         torch.testing.assert_close(out, x, atol=0.05, rtol=0)
         assert Coding.from_json(coding.to_json()) == coding
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(FORMAT_SCHEMES))
+def test_every_scheme_by_a_number_format_computes_its_specification(name: str) -> None:
+    model, x = layer()
+    fast = compiled(model, scheme=name)
+    scheme = FORMAT_SCHEMES[name]
+    coded = x if scheme.activation is None else scheme.activation.fake_quant(x)
+    torch.testing.assert_close(fast(x), linear(coded, scheme.weight.fake_quant(model.weight), model.bias), atol=1e-5, rtol=1e-5)
+    (row,) = fxquant.report(fast).sites
+    assert (row.scheme, row.error_class) == (name, "QUANTIZED")
+    assert (row.kernel, row.reason) == (("linear_stream", None) if scheme.table_group else (None, NO_KERNEL))
+    assert Coding.from_json(scheme.weight.to_json()) == scheme.weight
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["nf4", "mxfp4", "fp8"])
+def test_number_formats_through_inductor(name: str) -> None:
+    model, x = layer()
+    ops, inductor = compiled(model, scheme=name)(x), compiled(model, scheme=name, codegen="inductor")(x)
+    torch.testing.assert_close(ops, inductor, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codegen", ["ops", "inductor"])
+def test_a_calibration_may_give_the_input_a_format_of_its_own(codegen: str) -> None:
+    model, x = layer()
+    coding = Coding(Uniform(5, is_symmetric=True), PerTensor())
+    known = StaticCoding(coding, coding.fit(x))
+    fast = compiled(model, calibration=one_site("fp8", static=known), scheme="fp8", codegen=codegen)
+    wanted = linear(coding.fake_quant(x), FORMAT_SCHEMES["fp8"].weight.fake_quant(model.weight), model.bias)
+    torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-5)
+    assert fxquant.report(fast).sites[0].scheme == "fp8 static"

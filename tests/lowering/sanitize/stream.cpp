@@ -47,10 +47,26 @@ void shape(Run& run, const Scheme& scheme, int64_t m, int64_t n, int64_t k) {
   }
 }
 
+void table(Run& run, int32_t group, int64_t m, int64_t n, int64_t k) {
+  const int64_t groups = group == 0 ? 1 : (k + group - 1) / group;
+  const Guarded<int8_t> codes = run.codes(n * k, 7);
+  for (int64_t i = 0; i < n * k; i++) codes.data()[i] = static_cast<int8_t>(codes.data()[i] + 8);
+  const Guarded<float> scales = run.normals(n * groups), bias = run.normals(n), x = run.rows(m, k, k, true);
+  const Guarded<float> values = run.normals(16), out = run.buffer<float>(m * n);
+  const Guarded<uint8_t> packed = run.buffer<uint8_t>(fxquant_stream_table_bytes(n, k, group));
+  if (fxquant_stream_pack_table(codes.data(), values.data(), scales.data(), n, k, group, packed.data()) != 0) std::abort();
+  fxquant_stream_linear(x.data(), k, m, packed.data(), bias.data(), 0, n, out.data(), n);
+  run.close("table-g" + std::to_string(group) + " " + std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k), out,
+            1e-5 * static_cast<double>(16 + k));
+}
+
 void stream(Run& run) {
   for (const Scheme& scheme : kSchemes)
     for (const auto& [m, n, k] : {std::array<int64_t, 3>{1, 1, 1}, {1, 17, 15}, {1, 16, 16}, {1, 35, 261}, {2, 33, 17}, {7, 16, 63}, {13, 3, 300}, {130, 5, 33}})
       shape(run, scheme, m, n, k);
+  for (const int32_t group : {0, 16, 64})
+    for (const auto& [m, n, k] : {std::array<int64_t, 3>{1, 1, 1}, {1, 17, 15}, {2, 33, 70}, {7, 16, 63}, {4, 3, 300}})
+      table(run, group, m, n, k);
 }
 
 const Case kCase("stream", stream);
