@@ -1,12 +1,14 @@
 """fxquant: ``torch.compile(model, backend="fxquant")`` quantizes a float transformer and accounts for every change."""
 
-from fxquant.api import calibrate, explain, refresh, report
+from fxquant.api import calibrate, explain, rank_errors, refresh, report
+from fxquant.budget import Budget
 from fxquant.config import FxQuantConfig
 from fxquant.errors import (
     CalibrationError,
     CaptureError,
     ConfigError,
     FloatFallbackWarning,
+    FormatError,
     FxQuantError,
     FxQuantWarning,
     GradModeWarning,
@@ -21,10 +23,12 @@ from fxquant.errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "CalibrationError",
     "CaptureError",
     "ConfigError",
     "FloatFallbackWarning",
+    "FormatError",
     "FxQuantConfig",
     "FxQuantError",
     "FxQuantWarning",
@@ -37,6 +41,7 @@ __all__ = [
     "VerifyError",
     "calibrate",
     "explain",
+    "rank_errors",
     "refresh",
     "report",
 ]

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxquant.config import resolve_options
+from fxquant.config import override_options, resolve_options
 from fxquant.errors import ReportError
 from fxquant.reach import siblings, tensor_ids
 
 if TYPE_CHECKING:
+    from fxquant.budget import Budget
     from fxquant.calibration.calibration import Calibration
+    from fxquant.calibration.ranking import Ranking
     from fxquant.reporting.report import Report
     from fxquant.tracker import BoundRecord, CompiledGraph
 
@@ -78,21 +80,43 @@ def calibrate(
     *,
     scheme: str = "auto",
     method: str = "minmax",
+    budget: "Budget | None" = None,
     options: object = None,
+    progress: bool = False,
 ) -> "Calibration":
-    """Static activation ranges for the linears of ``model`` from data, for ``options={"calibration": ...}``.
+    """How to code the linears of ``model``, from data, for ``options={"calibration": ...}``.
 
     A batch is a tensor, a tuple (positional arguments) or a mapping (keyword arguments); batches are seen once, one after
-    the other, in float and without gradients. ``scheme`` and the ``sites`` of ``options`` give the widths. ``method`` is
-    ``minmax``.
+    the other, in float and without gradients. ``scheme`` and the ``sites`` of ``options`` give the widths, unless a
+    ``budget`` has every site get the fastest of several schemes that together keep it. ``method`` is ``minmax``.
+    ``progress`` draws a bar with the time that is left.
 
     Raises:
-        CalibrationError: the method is unknown, there is no batch, no linear ran, or an input is not finite.
+        CalibrationError: the method is unknown, there is no batch (two for a budget), no linear ran, or an input is not
+            finite.
         ConfigError: an option or the scheme is wrong.
     """
     from fxquant.calibration.run import run
+    from fxquant.reporting.progress import drawn, silent
 
-    return run(model, batches, scheme, method, options)
+    with drawn() if progress else silent() as shown:
+        return run(model, batches, scheme, method, budget, options, shown)
+
+
+def rank_errors(
+    model: Callable[..., Any], batches: Iterable[Any], *, scheme: str = "auto", options: object = None
+) -> "Ranking":
+    """The linears of ``model`` by the error that quantizing each of them causes, worst first, and which three to loosen.
+
+    All batches are held in memory: a few are enough. Print it; ``loosen`` is what the option ``sites`` takes.
+
+    Raises:
+        CalibrationError: there is no batch, or no linear would be quantized.
+        ConfigError: an option or the scheme is wrong.
+    """
+    from fxquant.calibration.ranking import rank
+
+    return rank(model, batches, override_options(options, scheme=scheme))
 
 
 def refresh(model: torch.nn.Module) -> None:

@@ -171,6 +171,13 @@ def resolve_options(options: object, mode: str | None = None) -> FxQuantConfig:
     return config
 
 
+def override_options(options: object, **changes: Any) -> FxQuantConfig:
+    """The config of ``options`` with some fields set otherwise; raises as ``resolve_options`` does."""
+    if isinstance(options, FxQuantConfig):
+        return resolve_options({name: getattr(options, name) for name in options.model_fields_set} | changes)
+    return resolve_options({**options, **changes} if isinstance(options, Mapping) else changes if options is None else options)
+
+
 def _mode_patches(mode: str) -> dict[str, Any]:
     from fxquant._compat import inductor_modes  # imports Dynamo, which `import fxquant` must not pay for
 

@@ -58,15 +58,17 @@ def choose_linear(node: fx.Node, site: Site, config: FxQuantConfig, isa: str) ->
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return LinearChoice(reason="an operand is no tensor of the graph")
     setting = setting_for(site, config)
+    wish = "the options ask for float"
     if setting == "auto" and config.calibration is not None:
         setting = config.calibration.scheme_of(site.name) or setting
+        wish = "the calibration's budget leaves it float"
     for sentence, holds in conditions(x, weight):
         if not holds:
-            return LinearChoice(reason="the options ask for float" if setting == "float" else sentence)
+            return LinearChoice(reason=wish if setting == "float" else sentence)
     scheme, candidate = resolve_scheme(setting, isa), resolve_scheme("auto" if setting == "float" else setting, isa)
     timing = site_timing(node, None if isinstance(candidate, str) else str(candidate), isa)
     if setting != "auto":
-        return LinearChoice(reason=scheme, timing=timing) if isinstance(scheme, str) else LinearChoice(scheme, timing=timing)
+        return LinearChoice(reason=wish, timing=timing) if isinstance(scheme, str) else LinearChoice(scheme, timing=timing)
     own_float = config.float_kernels == "auto" and timing is not None and float_kernel_wins(node, timing)
     reason = scheme if isinstance(scheme, str) else too_slow(scheme, timing, own_float, weight.meta["val"].numel(), isa)
     return LinearChoice(None if isinstance(scheme, str) or reason else scheme, reason, timing, True, own_float)

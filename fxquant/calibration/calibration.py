@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic_core import core_schema
 
@@ -14,6 +14,9 @@ from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.site import SiteCalibration
 from fxquant.errors import CalibrationError
 
+if TYPE_CHECKING:
+    from fxquant.calibration.budgeting import BudgetedPlan
+
 # Below this step weight times step could leave the normal range of float32; only an input that was about zero has it.
 SMALLEST_STEP = 2.0**-80
 
@@ -21,6 +24,8 @@ SMALLEST_STEP = 2.0**-80
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Site name → how it is coded, with the method and the number of batches behind them.
+
+    ``plan`` is how a budget was kept, with the whole curve of time against error; it is not part of the file.
 
     Two calibrations with one digest are equal, so it can stand in options, which Dynamo compares::
 
@@ -31,6 +36,7 @@ class Calibration:
     method: str
     batches: int
     sites: Mapping[str, SiteCalibration]
+    plan: "BudgetedPlan | None" = field(default=None, compare=False)
 
     @cached_property
     def digest(self) -> str:

@@ -77,15 +77,20 @@ class Format(ABC):
         levels = self.levels(qparams)
         return (x > levels.amin(-1, keepdim=True)) & (x < levels.amax(-1, keepdim=True))
 
+    def slope(self, x: Tensor, value: Tensor, qparams: QParams) -> Tensor:
+        """The straight-through derivative of ``fake_quant`` at float32 x, coded as ``value``: 1 where x ``passes``, else 0."""
+        return self.passes(x, qparams).to(torch.float32)
+
     def fake_quant(self, x: Tensor, qparams: QParams) -> Tensor:
-        """quantize, then dequantize, in x's dtype; differentiable by the straight-through rule of ``passes``."""
-        wide = x.to(torch.float32)
+        """quantize, then dequantize, in x's dtype: the same bits with gradients and without; differentiable by ``slope``."""
+        wide = x.detach().to(torch.float32)
         value = self.dequantize(self.quantize(wide, qparams), qparams)
         value = torch.where(torch.isnan(wide), wide, value).to(x.dtype)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return value
-        through = torch.where(self.passes(wide, qparams), x, x.detach())
-        return through + (value - x).detach()
+        slope = self.slope(wide, value.to(torch.float32), qparams).to(x.dtype).detach()
+        linear = torch.where(torch.isfinite(x) & (slope != 0), x, torch.zeros_like(x)) * slope
+        return value.detach() + (linear - linear.detach())  # x + (value - x) would round
 
     @property
     def code_count(self) -> int:
@@ -97,6 +102,10 @@ class Format(ABC):
         codes = torch.arange(self.code_count)
         return self.dequantize(codes, qparams)
 
+    def landmarks(self, qparams: QParams) -> Tensor:
+        """Numbers that, with their float32 neighbours, meet every code in use; the levels, unless those are coded otherwise."""
+        return self.levels(qparams).reshape(-1)
+
     def table(self, qparams: QParams) -> Table:
         """The threshold + table form for the qparams of one block, exact for every float32.
 
@@ -104,8 +113,8 @@ class Format(ABC):
             FormatError: the codes do not rise (or fall) with x, so there is no such form.
         """
         one = {name: value.reshape(1) for name, value in qparams.items()}
-        values = self.dequantize(torch.arange(self.code_count), one).reshape(-1)
-        codes = self.quantize(_probe(values), one)
+        values = self.levels(one).reshape(-1)
+        codes = self.quantize(_probe(self.landmarks(one)), one)
         order = codes[torch.cat([torch.ones(1, dtype=torch.bool), codes[1:] != codes[:-1]])]
         if len(order.unique()) < len(order):
             raise FormatError(f"{self.name}: the codes are not monotone in x, so there are no thresholds")
@@ -136,11 +145,11 @@ def from_ordinals(ordinals: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _probe(values: Tensor) -> Tensor:
-    """Ascending float32 numbers that meet every code: each bfloat16, and the values with their neighbours."""
+def _probe(landmarks: Tensor) -> Tensor:
+    """Ascending float32 numbers that meet every code: each bfloat16, and the landmarks with their neighbours."""
     high = to_ordinals(torch.tensor(math.inf))
     coarse = torch.arange(-int(high), int(high) + 1, 1 << 16)
-    exact = to_ordinals(values[torch.isfinite(values)])
+    exact = to_ordinals(landmarks[torch.isfinite(landmarks)])
     return from_ordinals(torch.cat([coarse, exact - 1, exact, exact + 1]).unique())
 
 

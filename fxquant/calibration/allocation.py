@@ -1,0 +1,60 @@
+"""Bits by cost against error: of one probe a site, the fastest whose errors add up to at most a limit.
+
+A multiple-choice knapsack. Site by site, the front of all sums of error and time is kept: points that no other beats in both.
+That is exact up to ``MOST_POINTS`` points, beyond which neighbours on the front are thinned out.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fxquant.calibration.sensitivity import Probe
+
+MOST_POINTS = 1500  # of a front: neighbours then differ by less than a probe can tell
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Site → scheme (``float`` among them), with the predicted error of all together and the time of all linears."""
+
+    schemes: Mapping[str, str]
+    error: float
+    us: float
+
+
+@dataclass(frozen=True)
+class _Point:
+    error: float
+    us: float
+    probe: Probe | None = None
+    before: "_Point | None" = None
+
+
+def allocate(probes: Mapping[str, Sequence[Probe]], limit: float) -> Allocation:
+    """The fastest allocation whose errors add up to at most ``limit``; every site needs one without error."""
+    return [point for point in curve(probes) if point.error <= limit][-1]
+
+
+def curve(probes: Mapping[str, Sequence[Probe]]) -> list[Allocation]:
+    """The front of time against error: from the least error to the least time."""
+    front = [_Point(0.0, 0.0)]
+    for found in probes.values():
+        front = _front(_Point(p.error + q.error, p.us + q.us, q, p) for p in front for q in found)
+    return [_allocation(point) for point in front]
+
+
+def _front(points: Iterable[_Point]) -> list[_Point]:
+    kept: list[_Point] = []
+    for point in sorted(points, key=lambda p: (p.error, p.us)):
+        if not kept or point.us < kept[-1].us:
+            kept.append(point)
+    if len(kept) <= MOST_POINTS:
+        return kept
+    return [kept[i * (len(kept) - 1) // (MOST_POINTS - 1)] for i in range(MOST_POINTS)]
+
+
+def _allocation(point: _Point) -> Allocation:
+    schemes, at = {}, point
+    while at.probe is not None and at.before is not None:
+        schemes[at.probe.site] = at.probe.scheme
+        at = at.before
+    return Allocation(dict(reversed(schemes.items())), point.error, point.us)
