@@ -124,7 +124,8 @@ def _decide_linear(node: fx.Node, site: Site, choice: LinearChoice, config: FxQu
         reason = shelf.take(site, weight, scheme, choice.is_auto, known).reason
         if reason is None:
             form = format_of(scheme)
-            sentence = sentence if form is not None else "; ".join([NO_KERNEL, *([sentence] if sentence else [])])
+            said = [part for part in (None if form else NO_KERNEL, sentence, choice.note) if part]
+            sentence = "; ".join(said) or None
             return Decision(site, scheme, sentence, kernel=form.operator if form else None, error_class="QUANTIZED")
     if not choice.own_float:
         return Decision(site, reason=reason)
