@@ -16,7 +16,7 @@ from fxquant.config import FxQuantConfig
 from fxquant.lowering.timings import GAIN, Timing, linear_timing
 from fxquant.passes.quantize.linear import conditions
 from fxquant.plan import GATED, GATED_BITS, is_gated, resolve_scheme, setting_for
-from fxquant.schemes import LinearScheme
+from fxquant.schemes import LinearScheme, Scheme
 from fxquant.sites import Site
 
 # Without a table of measured times auto leaves a linear float below this many weights: for 16 to 128 rows, quantizing
@@ -81,7 +81,7 @@ def choose_linear(node: fx.Node, site: Site, config: FxQuantConfig, isa: str) ->
 
 def gated_note(scheme: LinearScheme, setting: str, x: fx.Node) -> str | None:
     """What to say about the activations of a linear that reads a product of two of them."""
-    if scheme.act_bits < GATED_BITS and is_gated(x):
+    if isinstance(scheme, Scheme) and scheme.act_bits < GATED_BITS and is_gated(x):
         return f"{GATED}: {GATED_BITS} bits keep more of it"
     return f"{GATED_BITS}-bit activations: {GATED}" if setting == "auto" and is_gated(x) else None
 

@@ -86,12 +86,14 @@ def test_inputs_with_strides_and_results_with_two_readers() -> None:
 
 
 def last_rows(linear: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x[:, 3:])
+    y: Tensor = linear(x[:, 3:])
+    return y
 
 
 def last_rows_and_themselves(linear: nn.Linear, x: Tensor) -> Tensor:
     x = torch.relu(x)
-    return linear(x[:, 3:]) + x[:, 3:]
+    y: Tensor = linear(x[:, 3:]) + x[:, 3:]
+    return y
 
 
 def part_of_a_bias(linear: nn.Linear, x: Tensor) -> Tensor:
