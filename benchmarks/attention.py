@@ -3,9 +3,10 @@
 Calls are interleaved. A figure is the 15th percentile of its times; the ratio is the median of the ratios of neighbouring
 calls. GOP/s counts 4 H N M d (half of it under a causal mask). The last column is the share of its bound: the time of both
 products, each at the rate of its own instruction (a loop of independent ones, compiled here and timed between the calls on
-one core, times the threads), over the time of the call; softmax has no part in the bound. The instruction is fused
-multiply-add for float, and with AVX2 vpmaddubsw for 6-bit codes and vpmaddwd for 8-bit codes. Elsewhere (vpdpbusd) only
-float has a bound.
+one core, times the threads), over the time of the call; softmax has no part in the bound. The peak is the best of all runs
+of its loop; where those among a row's calls stayed far below it, "busy" stands in place of the share. The instruction is
+fused multiply-add for float, and with AVX2 vpmaddubsw for 6-bit codes and vpmaddwd for 8-bit codes. Elsewhere (vpdpbusd)
+only float has a bound.
 
 Rows with a scheme end with the cosine to exact attention on the same normally distributed data.
 """
@@ -19,12 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from harness import SETTLE_S
 from models import AVX2
+from steady import Peak, share_of_bound
 from torch.nn.functional import scaled_dot_product_attention
 
 import fxquant.ops  # noqa: F401 - defines the operators
@@ -94,6 +95,8 @@ SUM(maddubs, "vpmaddubsw", "vpaddw")
 SUM(maddwd, "vpmaddwd", "vpaddd")
 """
 OPERATIONS = {"fma": 16, "maddubs": 64, "maddwd": 32}  # of an instruction
+WARM_UP = 20  # runs of every loop before the first row
+RUNS = 5  # of a loop between two blocks of calls
 
 
 def main() -> None:
@@ -107,42 +110,50 @@ def main() -> None:
         sys.exit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, **AVX2}))
     torch.set_num_threads(options.threads)
     load_library(isa=ISAS.index(options.isa) if options.isa else None)
-    probes = rates(options.threads)
+    probe = prober(options.threads)
+    peaks = {name: Peak() for name in OPERATIONS}
+    for _ in range(WARM_UP):
+        probe(peaks)
     print(
         f"torch {torch.backends.cpu.get_cpu_capability()}, fxquant {current_isa()}, {options.threads} threads, {HEADS} heads\n"
     )
     print("| N x M x d | | us | SDPA, us | ratio | GOP/s | share of its bound | cosine |")
     print("|---|---|---|---|---|---|---|---|")
     for case in CASES:
-        compare(case, None, options.seconds, probes)
+        compare(case, None, options.seconds, peaks, probe)
     for case in SCHEME_CASES:
         for scheme in SCHEMES:
-            compare(case, scheme, options.seconds, probes)
+            compare(case, scheme, options.seconds, peaks, probe)
 
 
 @torch.no_grad()
 def compare(
-    case: tuple[int, int, int, bool, str | None], scheme: str | None, seconds: float, probes: dict[str, Callable[[], float]]
+    case: tuple[int, int, int, bool, str | None],
+    scheme: str | None,
+    seconds: float,
+    peaks: dict[str, Peak],
+    probe: Callable[[dict[str, Peak]], None],
 ) -> None:
     """One row of the table."""
     n, m, d, causal, kind = case
     q, k, v = (torch.randn(1, rows, HEADS, d).transpose(1, 2) for rows in (n, m, m))
     mask = {None: None, "float": torch.zeros(1, 1, n, m), "bool": torch.ones(n, m, dtype=torch.bool)}[kind]
     call = kernel(scheme)
-    bound = tuple(probes[name] for name in BOUNDS[scheme]) if scheme is None or current_isa() == "avx2" else ()
+    bound = BOUNDS[scheme] if scheme is None or current_isa() == "avx2" else ()
     own, theirs = [], []
-    peaks: list[tuple[float, ...]] = []
+    for peak in peaks.values():
+        peak.forget()
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(own) < 8:
         for _ in range(8):
             theirs.append(spent(lambda: scaled_dot_product_attention(q, k, v, mask, is_causal=causal)))
             own.append(spent(lambda: call(q, k, v, mask, causal, None)))
-        peaks.append(tuple(probe() for probe in bound))
+        probe({name: peaks[name] for name in bound})
     ratio = statistics.median(b / a for a, b in zip(own, theirs, strict=True))
     low, base = (sorted(times)[len(times) * 15 // 100] for times in (own, theirs))
     product = 2 * HEADS * n * m * d / (2 if causal else 1) / 1e9
     what = ", ".join(word for word in ("causal" if causal else f"{kind} mask" if kind else "", scheme or "") if word)
-    share = f"{sum(product / max(rates) for rates in zip(*peaks, strict=True)) / low:.0%}" if bound else ""
+    share = share_of_bound([(product, peaks[name]) for name in bound], low) if bound else ""
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, is_causal=causal) if scheme else None
     close = "" if exact is None else f"{cosine(call(q, k, v, mask, causal, None), exact):.4f}"
     times = f"{1e6 * low:.0f} | {1e6 * base:.0f} | {ratio:.2f} | {2 * product / low:.0f}"
@@ -169,8 +180,8 @@ def spent(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def rates(threads: int) -> dict[str, Callable[[], float]]:
-    """Functions that measure GOP/s of an instruction: one core's, times the threads."""
+def prober(threads: int) -> Callable[[dict[str, Peak]], None]:
+    """A function that adds runs of loops, in GOP/s of one core times the threads, to some peaks."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
         source.write_text(PROBE)
@@ -178,11 +189,14 @@ def rates(threads: int) -> dict[str, Callable[[], float]]:
         subprocess.run(command, check=True)
         loaded, steps = ctypes.CDLL(str(library)), 100_000
 
-    def probe(name: str) -> float:
+    def probe(peaks: dict[str, Peak]) -> None:
         time.sleep(SETTLE_S)
-        return threads * steps * 10 * OPERATIONS[name] / spent(lambda: loaded[name](ctypes.c_long(steps))) / 1e9
+        for _ in range(RUNS):
+            for name, peak in peaks.items():
+                taken = spent(lambda name=name: loaded[name](ctypes.c_long(steps)))  # type: ignore[misc]
+                peak.add(threads * steps * 10 * OPERATIONS[name] / taken / 1e9)
 
-    return {name: partial(probe, name) for name in OPERATIONS}
+    return probe
 
 
 if __name__ == "__main__":

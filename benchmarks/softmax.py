@@ -4,15 +4,18 @@ torch.softmax with ``out=`` and our three forms write into the same tensor, and 
 writes each element once, stands beside them: the last column says which part of the copy's bandwidth a form reaches,
 counting one read and one write of every element. Calls are interleaved; a figure is the 15th percentile of its times.
 
-``--lengths`` is what lowering/schedule.py is made from: a softmax alone in a compiled graph, by length of the row, Inductor's
-own code against our operator. Both allocate their result.
+``--lengths`` is what lowering/schedule.py is made from: compiled graphs with Inductor's own code against compiled graphs that
+call our operator, by length of the row and size of the tensor; a softmax alone, and one that reads x·s + mask. All allocate
+their result.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from harness import Call, measure
@@ -26,7 +29,7 @@ from fxquant.ops import BLOCKED, THREE_PASS, TWO_PASS
 
 SHAPES = ((8, 1 << 22), (1024, 32768), (256, 4096), (1024, 128))
 LENGTHS = tuple(1 << bits for bits in range(7, 23))
-ELEMENTS = 1 << 22  # of each tensor of --lengths, and at least two rows
+ELEMENTS = (1 << 14, 1 << 17, 1 << 22)  # of each tensor of --lengths, and at least two rows
 FORMS = {"three-pass": THREE_PASS, "two-pass": TWO_PASS, "blocked": BLOCKED, "chosen": -1}
 
 
@@ -46,9 +49,12 @@ def main() -> None:
     print(f"torch capability {torch.backends.cpu.get_cpu_capability()}, fxquant {isa}, {options.threads} threads\n")
     seconds = 0.5 if options.quick else 8.0
     if options.lengths:
-        print("| rows x elements | Inductor, us | median | fxquant, us | median | ratio |\n|---|---|---|---|---|---|")
-        for n in LENGTHS:
-            against_inductor((max(2, ELEMENTS // n), n), seconds / 2)
+        print(
+            "| rows x elements | reads | Inductor, us | median | fxquant, us | median | ratio |\n|---|---|---|---|---|---|---|"
+        )
+        for elements, n in product(ELEMENTS, LENGTHS):
+            if 2 * n <= elements:
+                against_inductor((elements // n, n), seconds / 4)
         return
     print("| rows x elements | form | us | median | x torch.softmax(out=) | x three-pass | GB/s | of the copy's |")
     print("|---|---|---|---|---|---|---|---|")
@@ -76,18 +82,20 @@ def compare(shape: tuple[int, int], seconds: float) -> None:
 
 @torch.no_grad()
 def against_inductor(shape: tuple[int, int], seconds: float) -> None:
-    """One row of --lengths."""
-    x = torch.randn(shape)
-    ours = partial(torch.ops.fxquant.softmax.default, x)
-    torch.compiler.reset()
-    rows = measure({"inductor": partial(torch.compile(_softmax, dynamic=False), x), "fxquant": ours}, 2000, seconds)
-    (theirs, busy), (spent, own_busy) = figures(rows["inductor"]), figures(rows["fxquant"])
-    ratio = theirs / spent
-    print(f"| {shape[0]}x{shape[1]} | {theirs:.0f} | {busy:.2f} | {spent:.0f} | {own_busy:.2f} | {ratio:.2f} |", flush=True)
-
-
-def _softmax(x: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(x, -1)
+    """Both rows of --lengths for one shape."""
+    x, mask = torch.randn(shape), torch.zeros(shape[1])
+    reads: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"x": lambda x: x, "x*s + mask": lambda x: x * 0.125 + mask}
+    for name, read in reads.items():
+        torch.compiler.reset()
+        sides = {
+            "inductor": lambda x, read=read: torch.softmax(read(x), -1),
+            "fxquant": lambda x, read=read: torch.ops.fxquant.softmax.default(read(x), -1, False),
+        }
+        calls: dict[str, Call] = {side: partial(torch.compile(f, dynamic=False), x) for side, f in sides.items()}
+        rows = measure(calls, 2000, seconds, settle=0.0)
+        (theirs, busy), (spent, own_busy) = figures(rows["inductor"]), figures(rows["fxquant"])
+        times = f"{theirs:.0f} | {busy:.2f} | {spent:.0f} | {own_busy:.2f} | {theirs / spent:.2f}"
+        print(f"| {shape[0]}x{shape[1]} | {name} | {times} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ that is the same at every point and takes its turn among the others, shows how b
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Point = tuple[int, ...]
 GAUGE = "gauge"
 BUSY = 1.2  # the gauge's percentile at a point over its fastest sample anywhere; quiet, it varies by 4 %
 JUMP = 1.5  # the time of a point over what its neighbours along an axis say
 AGREE = 1.15  # two measurements that confirm each other
+BUSY_MACHINE = "busy"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,41 @@ class Spent:
     def best(self, other: "Spent") -> "Spent":
         """The smaller of two measurements."""
         return Spent(min(self.us, other.us), min(self.fastest, other.fastest))
+
+
+@dataclass
+class Peak:
+    """The rate of a loop of one instruction: the best of all runs, and of those since ``forget``.
+
+    A disturbed run is slower, never faster, so the best of all is what the machine can do.
+    """
+
+    best: float = 0.0
+    lately: list[float] = field(default_factory=list)
+
+    def add(self, rate: float) -> None:
+        """Count one run."""
+        self.best = max(self.best, rate)
+        self.lately.append(rate)
+
+    def forget(self) -> None:
+        """Begin a new row: the machine may have become busy, or quiet."""
+        self.lately.clear()
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether fewer than one in seven of the runs since ``forget`` came near the best: calls among them did no better."""
+        rates = sorted(self.lately, reverse=True)
+        return not rates or BUSY * rates[len(rates) * 15 // 100] < self.best
+
+
+def share_of_bound(work: Sequence[tuple[float, Peak]], seconds: float) -> str:
+    """The time that some work takes at its peak rates over ``seconds``; "busy" where the machine was, or above 100 %.
+
+    ``work`` is operations (in the unit of the rate, times seconds) and the peak of the instruction that does them.
+    """
+    share = sum(operations / peak.best for operations, peak in work) / seconds
+    return BUSY_MACHINE if share > 1 or any(peak.is_disturbed for _, peak in work) else f"{share:.0%}"
 
 
 Grid = dict[Point, dict[str, Spent]]

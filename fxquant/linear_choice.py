@@ -15,8 +15,8 @@ from fxquant._compat import size_hint
 from fxquant.config import FxQuantConfig
 from fxquant.lowering.timings import GAIN, Timing, linear_timing
 from fxquant.passes.quantize.linear import conditions
-from fxquant.plan import resolve_scheme, setting_for
-from fxquant.schemes import LinearScheme
+from fxquant.plan import GATED, GATED_BITS, is_gated, resolve_scheme, setting_for
+from fxquant.schemes import LinearScheme, Scheme
 from fxquant.sites import Site
 
 # Without a table of measured times auto leaves a linear float below this many weights: for 16 to 128 rows, quantizing
@@ -36,6 +36,7 @@ class LinearChoice:
     """A scheme, or the sentence why there is none.
 
     ``is_auto``: the user left the choice to us. ``own_float``: our float kernel runs the linear if its scheme does not.
+    ``note`` is what the report says about a scheme that is taken.
     """
 
     scheme: LinearScheme | None = None
@@ -43,6 +44,7 @@ class LinearChoice:
     timing: Timing | None = None
     is_auto: bool = False
     own_float: bool = False
+    note: str | None = None
 
     def gain_us(self, own_float: bool) -> float | None:
         """What our float kernel, or the scheme, saves a call against F.linear; None without a measured time."""
@@ -65,13 +67,23 @@ def choose_linear(node: fx.Node, site: Site, config: FxQuantConfig, isa: str) ->
     for sentence, holds in conditions(x, weight):
         if not holds:
             return LinearChoice(reason=wish if setting == "float" else sentence)
-    scheme, candidate = resolve_scheme(setting, isa), resolve_scheme("auto" if setting == "float" else setting, isa)
+    scheme, candidate = (resolve_scheme(wanted, isa, x) for wanted in (setting, "auto" if setting == "float" else setting))
     timing = site_timing(node, None if isinstance(candidate, str) else str(candidate), isa)
+    note = None if isinstance(scheme, str) else gated_note(scheme, setting, x)
     if setting != "auto":
-        return LinearChoice(reason=wish, timing=timing) if isinstance(scheme, str) else LinearChoice(scheme, timing=timing)
+        if isinstance(scheme, str):
+            return LinearChoice(reason=wish, timing=timing)
+        return LinearChoice(scheme, timing=timing, note=note)
     own_float = config.float_kernels == "auto" and timing is not None and float_kernel_wins(node, timing)
     reason = scheme if isinstance(scheme, str) else too_slow(scheme, timing, own_float, weight.meta["val"].numel(), isa)
-    return LinearChoice(None if isinstance(scheme, str) or reason else scheme, reason, timing, True, own_float)
+    return LinearChoice(None if isinstance(scheme, str) or reason else scheme, reason, timing, True, own_float, note)
+
+
+def gated_note(scheme: LinearScheme, setting: str, x: fx.Node) -> str | None:
+    """What to say about the activations of a linear that reads a product of two of them."""
+    if isinstance(scheme, Scheme) and scheme.act_bits < GATED_BITS and is_gated(x):
+        return f"{GATED}: {GATED_BITS} bits keep more of it"
+    return f"{GATED_BITS}-bit activations: {GATED}" if setting == "auto" and is_gated(x) else None
 
 
 def too_slow(scheme: LinearScheme, timing: Timing | None, own_float: bool, weights: int, isa: str) -> str | None:

@@ -5,7 +5,8 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
 from fxquant.config import FxQuantConfig
 from fxquant.errors import ConfigError
@@ -13,6 +14,12 @@ from fxquant.reach import reach
 from fxquant.schemes import ATTENTION_SCHEMES, LinearScheme, choose_scheme, parse_scheme
 from fxquant.sites import Site
 
+aten = torch.ops.aten
+# auto codes the input of a gated linear with so many bits: a few of its tokens and channels exceed the others a
+# hundredfold in language models (benchmarks/decode.py --part prefill), and 7 bits leave little of the others.
+GATED_BITS = 8
+GATED = "its input is a product of two activations, which tends to have outliers"
+_KEEP_VALUES = (aten.view.default, aten.reshape.default, aten.to.dtype, aten._to_copy.default, aten.clone.default)
 # Why a kind stays float that has neither a scheme nor a kernel (passes/fuse); the docs print this table.
 FLOAT_KINDS = {
     "layer_norm": "norms keep float accuracy",
@@ -30,7 +37,7 @@ FLOAT_KINDS = {
 class Decision:
     """What happens at one site: a scheme, or a reason (one sentence) why it stays float.
 
-    With a scheme, the reason is why it is not static although there is a calibration.
+    With a scheme, the reason is why it is not static although there is a calibration, or why its activations are wide.
     ``kernel`` is the fxquant:: operator that computes the site (None: the operator that the graph had), ``error_class``
     that of the change. The scheme of a site that is no linear is a name.
     """
@@ -147,11 +154,25 @@ def refuse_patterns(unmatched: Iterable[str], sites: tuple[Site, ...]) -> None:
         raise ConfigError(f"sites: the pattern {pattern!r} matches no site; nearest: {', '.join(map(repr, close))}")
 
 
-def resolve_scheme(setting: str, isa: str) -> LinearScheme | str:
-    """The scheme of a setting on an instruction set, or the sentence why it is float."""
+def resolve_scheme(setting: str, isa: str, x: fx.Node | None = None) -> LinearScheme | str:
+    """The scheme of a setting on an instruction set, for a linear that reads ``x``, or the sentence why it is float."""
     if setting == "float":
         return "the options ask for float"
     if setting != "auto":
         return parse_scheme(setting)
     chosen = choose_scheme(isa)
-    return chosen or f"auto: on the instruction set {isa!r} no integer kernel is faster than float"
+    if chosen is None:
+        return f"auto: on the instruction set {isa!r} no integer kernel is faster than float"
+    return chosen if x is None or not is_gated(x) else replace(chosen, act_bits=max(chosen.act_bits, GATED_BITS))
+
+
+def is_gated(x: fx.Node) -> bool:
+    """Whether a value is the product of two activations of one shape, as SwiGLU's is: the input of down_proj."""
+    while x.target in _KEEP_VALUES and isinstance(x.args[0], fx.Node):
+        x = x.args[0]
+    if x.target in (aten.glu.default, aten.mul.Tensor):
+        factors = x.all_input_nodes
+        shapes = [factor.meta["val"].shape for factor in factors if isinstance(factor.meta.get("val"), Tensor)]
+        frozen = any(factor.meta.get("fxquant_frozen", False) for factor in factors)
+        return x.target == aten.glu.default or (not frozen and len(shapes) == 2 and shapes[0] == shapes[1])
+    return False

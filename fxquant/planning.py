@@ -126,8 +126,8 @@ def _decide_linear(node: fx.Node, site: Site, choice: LinearChoice, config: FxQu
         reason = shelf.take(site, weight, scheme, choice.is_auto, known).reason
         if reason is None:
             operator = operator_of(scheme)
-            sentence = sentence if operator else "; ".join([NO_KERNEL, *([sentence] if sentence else [])])
-            return Decision(site, scheme, sentence, kernel=operator, error_class="QUANTIZED")
+            said = [part for part in (None if operator else NO_KERNEL, sentence, choice.note) if part]
+            return Decision(site, scheme, "; ".join(said) or None, kernel=operator, error_class="QUANTIZED")
     if not choice.own_float:
         return Decision(site, reason=reason)
     assert isinstance(weight, fx.Node)

@@ -29,7 +29,7 @@ extern "C" {{export}}
     const int64_t M = {{kernel.size(GemmOut, 0)}};
     constexpr int64_t N = {{N}};
     int64_t workers = {{threads}}, tile_rows, tile_columns;
-    {{sizes}}
+    {{fill(sizes)}}
     const int64_t down = (M + tile_rows - 1) / tile_rows, across = (N + tile_columns - 1) / tile_columns;
 {%- if prepare %}
     const int64_t rows = std::max<int64_t>(1, std::min<int64_t>(16, M / {{threads}}));
@@ -47,7 +47,7 @@ extern "C" {{export}}
         #pragma omp for schedule(static)
         for (int64_t row = 0; row < M; row += rows) {
             const int64_t end = std::min(row + rows, M);
-            {{prepare}}
+            {{fill(prepare)}}
         }
 {%- endif %}
         #pragma omp for schedule(static)
@@ -57,7 +57,7 @@ extern "C" {{export}}
 {%- if epilogue_nodes %}
             float* const to = acc;
             const int64_t ldo = {{small_tile[1] if small_tile else "tile_columns"}};
-            {{tile}}
+            {{fill(tile)}}
 {%- set tile_Y = kernel.slice_nd(Y_2d, [("m_start", "m_end"), ("n_start", "n_end")]) %}
 {%- set tile_acc = kernel.slice_nd(kernel.local_buffers["acc"], [("0", "m_end - m_start"), ("0", "n_end - n_start")]) %}
             {{kernel.store_output(tile_Y, tile_acc, GemmOut, epilogues,
@@ -65,7 +65,7 @@ extern "C" {{export}}
 {%- else %}
             float* const to = Y + m_start * N + n_start;
             const int64_t ldo = N;
-            {{tile}}
+            {{fill(tile)}}
 {%- endif %}
         }
     }
@@ -75,7 +75,7 @@ extern "C" {{export}}
 
 @dataclass(frozen=True)
 class LinearShell:
-    """What one packed format puts into the template; the texts are C++ with X, W, B (or nullptr), M, N and K.
+    """What one packed format puts into the template; the texts are C++ with M, N, K and the operands X, W, B, S and Z.
 
     ``sizes`` sets tile_rows and tile_columns (and may lower workers), ``prepare`` turns rows ``row`` to ``end`` of X into
     ``scratch`` bytes, ``tile`` writes one tile with its bias to ``to`` of row stride ``ldo``. ``title`` names the kernel
@@ -188,6 +188,11 @@ def float_shell(k: int) -> LinearShell:
     )
 
 
+def _pointer(kernel: Any, node: Any) -> str:
+    """Where an operand begins, which is inside its buffer for a slice; nullptr without an operand."""
+    return "nullptr" if node is None else "&" + str(kernel.index(node, ["0"] * len(node.get_size())))
+
+
 def template_class(inductor: Inductor) -> Any:
     """The CppTemplate subclass; made here because Inductor must not be imported before a lowering runs."""
 
@@ -218,7 +223,10 @@ def template_class(inductor: Inductor) -> Any:
                 y = epilogue_nodes[-1]
                 y_2d, reindexers = inductor.gen_2d_view(y, out, epilogue_nodes, reindexers, [None] * len(epilogue_nodes))
             n, k = int(out.get_size()[1]), int(named["X"].get_size()[1])
-            bias = "B" if "B" in named else "nullptr"
+
+            def fill(text: str) -> str:  # called after def_kernel, which names the buffers
+                return re.sub(r"\b[XWBSZ]\b", lambda found: _pointer(kernel, named.get(found[0])), text)
+
             with patch.object(inductor.graph(), "get_dtype", self._fake_get_dtype(gemm_out)):
                 return str(
                     self._template_from_string(_SOURCE).render(
@@ -237,7 +245,8 @@ def template_class(inductor: Inductor) -> Any:
                         prepare=shell.prepare,
                         each_thread=shell.each_thread,
                         small_tile=shell.small_tile,
-                        tile=re.sub(r"\bB\b", bias, shell.tile),
+                        tile=shell.tile,
+                        fill=fill,
                         threads=self.num_threads,
                         torch=torch,
                         epilogue_nodes=epilogue_nodes,

@@ -67,3 +67,27 @@ def test_two_measurements_confirm_each_other_if_they_are_close(steady: ModuleTyp
     assert steady.confirmed(first, steady.Spent(8.8, 8.0))
     assert not steady.confirmed(first, steady.Spent(11.6, 9.0))
     assert first.best(steady.Spent(11.0, 8.0)) == steady.Spent(10.0, 8.0)
+
+
+def test_the_best_run_of_a_loop_is_its_peak(steady: ModuleType) -> None:
+    peak = steady.Peak()
+    for rate in (50, 100, 98, 40, 97):
+        peak.add(rate)
+    assert peak.best == 100
+    assert not peak.is_disturbed
+    assert steady.share_of_bound([(30, peak), (20, peak)], 1.0) == "50%"
+
+
+def test_a_row_among_slow_runs_has_no_share(steady: ModuleType) -> None:
+    peak = steady.Peak()
+    assert peak.is_disturbed
+    peak.add(100)
+    peak.forget()
+    for rate in (60, 70, 80, 75):
+        peak.add(rate)
+    assert peak.best == 100
+    assert steady.share_of_bound([(50, peak)], 1.0) == "busy"
+    for _ in range(4):
+        peak.add(90)
+    assert steady.share_of_bound([(50, peak)], 1.0) == "50%"
+    assert steady.share_of_bound([(50, peak), (60, peak)], 1.0) == "busy"  # faster than the peak: no peak was seen

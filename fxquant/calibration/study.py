@@ -78,7 +78,7 @@ class Study:
                 continue
             if all(holds for _, holds in conditions(x, weight)):
                 setting = setting_for(site, self._config)
-                scheme = resolve_scheme(setting, current_isa())
+                scheme = resolve_scheme(setting, current_isa(), x)
                 names[node] = site.name
                 self.sites[site.name] = LinearSite(
                     site.name,

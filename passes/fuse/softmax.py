@@ -1,14 +1,15 @@
 """softmax(x, -1)  →  fxquant::softmax(x), where that is faster than what Inductor generates
 
-Inductor fuses a short softmax with its neighbours and keeps rows in the cache; a long row it reads four times.
+Inductor reads a row four times, though it fuses a softmax with its neighbours; in a small tensor that is the faster way.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, fx
 
-from fxquant._compat import FakeTensorMode
+from fxquant._compat import FakeTensorMode, size_hint
 from fxquant.config import FxQuantConfig
 from fxquant.lowering.schedule import softmax_wins
 from fxquant.passes.fuse.fusion import Fusion, Verdict
@@ -37,9 +38,12 @@ def conditions(node: fx.Node, isa: str) -> Iterator[tuple[str, bool]]:
     yield "softmax: only the last dimension has a kernel", isinstance(dim, int) and dim % value.dim() == value.dim() - 1
     size = value.shape[-1]
     yield "softmax: the length of a row is not known, and short rows are Inductor's", isinstance(size, int)
+    sizes = [size_hint(length) for length in value.shape]
+    count = math.prod(length or 0 for length in sizes)  # of unknown size: Inductor's
     yield (
-        f"softmax: rows of {size} elements are left to Inductor: no measurement on {isa} shows that our kernel is faster",
-        softmax_wins(isa, int(size)),
+        f"softmax: {count} elements in rows of {size} are left to Inductor: no measurement on {isa} shows that our kernel is "
+        "faster",
+        softmax_wins(isa, int(size), count),
     )
 
 

@@ -21,13 +21,15 @@ W8A8: dict[str, Any] = {"scheme": "w8a8"}
 
 
 @torch.no_grad()
-def both(model: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Tensor, str]:
+def both(
+    model: Callable[..., Tensor], *args: Any, scheme: str = "w8a8", dynamic: bool | None = None
+) -> tuple[Tensor, Tensor, str]:
     """The result through Inductor, through the operators, and the generated code."""
-    options: Any = {**W8A8, "inductor": {"fx_graph_cache": False}}
-    compiled = torch.compile(model, backend="fxquant", options=options)
+    options: Any = {"scheme": scheme, "inductor": {"fx_graph_cache": False}}
+    compiled = torch.compile(model, backend="fxquant", options=options, dynamic=dynamic)
     got, codes = run_and_get_code(compiled, *args)
     torch._dynamo.reset()
-    plain = torch.compile(model, backend="fxquant", options={**W8A8, "codegen": "ops"})(*args)
+    plain = torch.compile(model, backend="fxquant", options={"scheme": scheme, "codegen": "ops"})(*args)
     return got, plain, "\n".join(codes)
 
 
@@ -81,6 +83,35 @@ def test_inputs_with_strides_and_results_with_two_readers() -> None:
 
     got, plain, _ = both(function, torch.randn(40, 6))
     assert torch.allclose(got, plain, rtol=1e-5)
+
+
+def last_rows(linear: nn.Linear, x: Tensor) -> Tensor:
+    y: Tensor = linear(x[:, 3:])
+    return y
+
+
+def last_rows_and_themselves(linear: nn.Linear, x: Tensor) -> Tensor:
+    x = torch.relu(x)
+    y: Tensor = linear(x[:, 3:]) + x[:, 3:]
+    return y
+
+
+def part_of_a_bias(linear: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, linear.weight[7:], linear.bias[7:])
+
+
+@pytest.mark.parametrize("function", [last_rows, last_rows_and_themselves, part_of_a_bias])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a8-g64", "w2a4"])
+def test_operands_that_begin_inside_their_buffer(function: Callable[..., Tensor], scheme: str) -> None:
+    linear = nn.Linear(64, 64)
+    got, plain, _ = both(lambda x: function(linear, x), torch.randn(1, 8, 64), scheme=scheme)
+    assert torch.equal(got, plain)
+
+
+def test_an_operand_that_begins_at_a_place_known_at_run_time() -> None:
+    linear = nn.Linear(64, 64)
+    got, plain, _ = both(lambda x: linear(x[:, x.shape[1] // 2 :]), torch.randn(1, 8, 64), dynamic=True)
+    assert torch.equal(got, plain)
 
 
 @torch.no_grad()

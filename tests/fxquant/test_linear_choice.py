@@ -245,3 +245,50 @@ def test_without_a_table_there_are_no_times_and_small_weights_stay_float() -> No
     assert [row.reason for row in report.sites if row.kind == "linear"] == [
         "auto: 4096 weights are too few to win over float (fewer than 32768)"
     ] * 2
+
+
+class Gated(nn.Module):
+    """A feed-forward block as language models have it, and a linear behind a norm."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(256, 512), nn.Linear(256, 512), nn.Linear(512, 256)
+        self.gain, self.product = nn.Parameter(torch.rand(256)), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+        y: Tensor = self.down(self.product(self.gate(x), self.up(x)))
+        return y
+
+
+PRODUCTS = [
+    lambda gate, up: nn.functional.silu(gate) * up,
+    lambda gate, up: nn.functional.gelu(gate, approximate="tanh") * up,
+    lambda gate, up: nn.functional.glu(torch.cat([up, gate], -1)),
+    lambda gate, up: (gate * torch.sigmoid(gate) * up).view(-1, 512).double().float(),
+]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_auto_gives_a_gated_product_8_bits(product: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXQUANT_ISA", "avx2")
+    rows = {row.name.split(":")[0]: row for row in fxquant.explain(Gated(product), torch.randn(64, 256)).sites}
+    assert [str(rows[name].scheme) for name in ("gate", "up", "down")] == ["w8a7", "w8a7", "w8a8"]
+    assert rows["gate"].reason is None
+    assert rows["down"].reason == "8-bit activations: its input is a product of two activations, which tends to have outliers"
+
+
+def test_an_explicit_scheme_of_a_gated_product_stays_and_is_warned_about() -> None:
+    report = fxquant.explain(Gated(PRODUCTS[0]), torch.randn(64, 256), options={"scheme": "w8a7"})
+    rows = {row.name.split(":")[0]: row for row in report.sites}
+    assert [str(rows[name].scheme) for name in ("gate", "down")] == ["w8a7", "w8a7"]
+    assert rows["gate"].reason is None
+    assert "8 bits keep more of it" in str(rows["down"].reason)
+
+
+def test_a_calibration_knows_the_scheme_of_a_gated_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXQUANT_ISA", "avx2")
+    model, x = Gated(PRODUCTS[0]), torch.randn(64, 256)
+    report = fxquant.explain(model, x, options={"calibration": fxquant.calibrate(model, [x])})
+    rows = {row.name.split(":")[0]: row for row in report.sites}
+    assert [str(rows[name].scheme) for name in ("gate", "down")] == ["w8a7 static", "w8a8 static"]

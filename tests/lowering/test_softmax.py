@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fxquant
 from fxquant.config import ISAS
 from fxquant.lowering.cpu.build import library_path
 from fxquant.ops import BLOCKED, THREE_PASS, TWO_PASS
@@ -177,3 +178,23 @@ def test_its_gradient_is_torchs(log: bool) -> None:
     (ours,) = torch.autograd.grad(torch.ops.fxquant.softmax(x, -1, log), x, grad)
     (wanted,) = torch.autograd.grad((torch.log_softmax if log else torch.softmax)(x, -1), x, grad)
     assert torch.allclose(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((1024, 128), "softmax"),
+        ((1, 1 << 17), "softmax"),
+        ((4096, 64), None),  # short rows
+        ((64, 1024), None),  # a small tensor: the call costs more than it saves
+        ((2, 1 << 19), None),  # longer than what was measured
+    ],
+)
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_compiled_softmax_runs_in_our_kernel_where_it_measured_faster(
+    shape: tuple[int, int], kernel: str | None, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FXQUANT_ISA", isa)
+    (site,) = fxquant.explain(lambda x: torch.softmax(x, -1), torch.randn(shape)).sites
+    assert site.kernel == (kernel if isa == "avx2" else None)
+    assert site.kernel is not None or f"{shape[0] * shape[1]} elements in rows of {shape[1]}" in str(site.reason)
