@@ -88,14 +88,10 @@ def rows_lowering(inductor: Inductor) -> Callable[..., Any]:
         names = {torch.float32: "const float*", torch.uint8: "const uint8_t*", torch.int32: "const int32_t*"}
         kinds = tuple(names[x.get_dtype()] for x in operands)
         results, leads = outputs[::2], [inputs[like].get_size()[:-1] for like in outputs[1::2]]
-        call = RowsCall(
-            kinds, (len(inputs), len(packed)), tuple(registers), tuple(program), tuple(constants), tuple(results)
-        )
+        call = RowsCall(kinds, (len(inputs), len(packed)), tuple(registers), tuple(program), tuple(constants), tuple(results))
         widths, rows = [registers[2 * reg] for reg in results], sympy.Mul(*leads[0])
         one = [*leads[0], sympy.Integer(widths[0])]
-        layout = inductor.fixed_layout(
-            inputs[0].get_device(), torch.float32, one if len(widths) == 1 else [rows * sum(widths)]
-        )
+        layout = inductor.fixed_layout(inputs[0].get_device(), torch.float32, one if len(widths) == 1 else [rows * sum(widths)])
         made = inductor.direct_call(call, layout, operands, [rows], [])
         if len(widths) == 1:
             return [made]
@@ -152,8 +148,9 @@ class _Fit:
                 return False
             if place >= 0 and not self.inductor.is_equal(self.inputs[place].get_size()[-1], width):
                 return False
-        own = len(set(self.results)) == len(self.results) == len(self.likes)
-        return own and all(self._is_scratch(reg) and 0 <= like < len(self.inputs) for reg, like in zip(self.results, self.likes))
+        if len(set(self.results)) != len(self.results) or len(self.likes) != len(self.results):
+            return False
+        return all(map(self._is_scratch, self.results)) and all(0 <= like < len(self.inputs) for like in self.likes)
 
     def _is_register(self, reg: int) -> bool:
         return 0 <= reg < len(self.widths)
