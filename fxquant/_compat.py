@@ -186,6 +186,7 @@ class Inductor:
     fallback_handler: Callable[..., Any]
     view: Callable[..., Any]
     permute: Callable[..., Any]
+    as_strided: Callable[..., Any]
     direct_call: Callable[..., Any]
     gen_2d_view: Callable[..., Any]
     export_declaration: Callable[[], str]
@@ -213,6 +214,7 @@ class Inductor:
             fallback_handler=lowering.fallback_handler,
             view=lowering.view,
             permute=lowering.permute,
+            as_strided=lowering.as_strided,
             direct_call=_direct_call(ir, V, get_export_declaration, Placeholder.KERNEL_NAME),
             gen_2d_view=gen_2d_view_of_epilogue_buf,
             export_declaration=get_export_declaration,
@@ -294,13 +296,13 @@ class Inductor:
 
 
 def _direct_call(ir: Any, virtualized: Any, export_declaration: Callable[[], str], placeholder: Any) -> Callable[..., Any]:
-    """``(call, layout, operands, numbers, factor) → value``: a buffer that a call of a library function fills."""
+    """``(call, layout, operands, numbers, factors) → value``: a buffer that a call of a library function fills."""
     from torch._inductor import config
 
     class Node(ir.ExternKernelOut):  # type: ignore[misc]
-        def __init__(self, call: Any, layout: Any, operands: list[Any], numbers: list[Any], factor: float) -> None:
+        def __init__(self, call: Any, layout: Any, operands: list[Any], numbers: list[Any], factors: list[float]) -> None:
             self.call = call  # before the base class, which registers the node
-            self.factor = factor
+            self.factors = factors
             super().__init__(layout=layout, inputs=operands, constant_args=tuple(numbers))
 
         def codegen(self, wrapper: Any) -> None:
@@ -309,7 +311,7 @@ def _direct_call(ir: Any, virtualized: Any, export_declaration: Callable[[], str
             names = [*(x.get_name() for x in self.inputs), self.get_name()]
             offsets = [*(x.get_layout().offset for x in self.inputs), 0]
             numbers = [wrapper.codegen_sizevar(sympy.sympify(n)) for n in (*offsets, *self.constant_args)]
-            arguments = [*names, *numbers, repr(self.factor)]
+            arguments = [*names, *numbers, *map(repr, self.factors)]
             kernel = self._define(wrapper)
             wrapper.generate_kernel_call(kernel, arguments, triton=False, arg_types=self.call.arg_types())
 
@@ -331,7 +333,7 @@ def _direct_call(ir: Any, virtualized: Any, export_declaration: Callable[[], str
                 wrapper.define_kernel(name, body, gpu=False, cpp_definition=definition)
             return str(wrapper.src_to_kernel[source])
 
-    def make(call: Any, layout: Any, operands: list[Any], numbers: list[Any], factor: float) -> Any:
-        return ir.TensorBox.create(Node(call, layout, operands, numbers, factor))
+    def make(call: Any, layout: Any, operands: list[Any], numbers: list[Any], factors: list[float]) -> Any:
+        return ir.TensorBox.create(Node(call, layout, operands, numbers, factors))
 
     return make

@@ -56,7 +56,7 @@ class FxQuantConfig(BaseModel):
     )
     calibration: Calibration | None = Field(None, description="static activation ranges: a Calibration or its file")
     codegen: Literal["inductor", "ops"] = Field("inductor", description="ops: run the graph without Inductor")
-    chains: bool = Field(False, description="run linears and the row-wise work around them as one fxquant::rows")
+    chains: bool = Field(True, description="run linears and the row-wise work around them as one fxquant::rows")
     assume_inference: bool = Field(False, description="quantize although gradients are enabled; outputs have none")
     dump: str | None = Field(None, description="folder for the graph after each stage that changed it")
     inductor: dict[str, Any] = Field({}, description="Inductor config patches for this compilation")

@@ -71,7 +71,7 @@ def attention_lowering(inductor: Inductor) -> Callable[..., Any]:
         pointer = {MASK_NONE: None, MASK_BOOL: "const bool*", MASK_FLOAT: "const float*"}[kind]
         call = DirectCall("fxquant_attention_call", (*["const float*"] * 3, pointer, "float*"), _NUMBERS)
         layout = inductor.fixed_layout(q.get_device(), torch.float32, [batch, queries, heads, value_depth])
-        made = inductor.direct_call(call, layout, [*operands, *given], numbers, factor)
+        made = inductor.direct_call(call, layout, [*operands, *given], numbers, [factor])
         return inductor.permute(made, [0, 2, 1, 3]) if wide else inductor.view(made, [batch, queries, value_depth])
 
     return lower

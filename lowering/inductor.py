@@ -1,7 +1,7 @@
 """The fxquant:: operators inside Inductor. Only this file registers with Inductor.
 
-Linears become a template around the library's tile kernels (``linear_template.py``), attention a call of the library
-(``direct_call.py``), GELU pointwise work that vanishes into its neighbours.
+Linears become a template around the library's tile kernels (``linear_template.py``), attention and chains of row-wise work
+calls of the library (``direct_call.py``, ``rows_call.py``), GELU pointwise work that vanishes into its neighbours.
 """
 
 import functools
@@ -21,6 +21,7 @@ from fxquant.lowering.linear_template import (
     stream_shell,
     template_class,
 )
+from fxquant.lowering.rows_call import rows_lowering
 from fxquant.reference.rows import ERF as GELU_ERF
 from fxquant.reference.rows import GELU_END
 from fxquant.reference.rows import TANH as GELU_TANH
@@ -45,6 +46,7 @@ def register() -> None:
         inductor.register_lowering(op, type_promotion_kind=None)(_linear(inductor, op, template, shell))
     inductor.register_lowering(torch.ops.fxquant.gelu.default, type_promotion_kind=None)(_gelu(inductor))
     inductor.register_lowering(torch.ops.fxquant.attention.default, type_promotion_kind=None)(attention_lowering(inductor))
+    inductor.register_lowering(torch.ops.fxquant.rows.default, type_promotion_kind=None)(rows_lowering(inductor))
 
 
 def _linear(inductor: Inductor, op: Any, template: Any, shell: Callable[..., LinearShell]) -> Callable[..., Any]:

@@ -50,4 +50,5 @@ define(
     "rows(Tensor[] inputs, Tensor[] packed, Tensor[] params, int[] registers, int[] program, float[] constants,"
     " int[] outputs) -> Tensor[]",
     _rows,
+    is_hot=True,
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from fxquant.ops import Op
+from fxquant.ops import FIELDS, Op
 from fxquant.passes.fuse.row_nodes import is_alias, is_vector_for, row_operands, width_of
 
 aten = torch.ops.aten
@@ -33,6 +33,14 @@ class RowProgram:
         """In the order of the schema."""
         lists = (self.inputs, self.packed, self.params, self.registers, self.code, self.constants, self.outputs)
         return tuple(list(values) for values in lists)
+
+    def row_bytes(self) -> int:
+        """Scratch memory of one row, about: the registers that are neither input nor output, and the widest codes."""
+        held = set(self.outputs[::2])
+        floats = sum(w for r, w in enumerate(self.registers[::2]) if self.registers[2 * r + 1] < 0 and r not in held)
+        linears = [self.code[i : i + FIELDS] for i in range(0, len(self.code), FIELDS)]
+        widest = max((self.registers[2 * it[2]] for it in linears if it[0] in (Op.LINEAR, Op.LINEAR_STATIC)), default=0)
+        return 4 * floats + widest
 
     def register(self, width: int, place: int = -1) -> int:
         """A new register."""

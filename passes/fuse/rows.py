@@ -17,6 +17,9 @@ from fxquant.capture import remove_dead_code
 from fxquant.passes.fuse.row_nodes import is_alias, is_linear, is_row_wise, row_operands, rows_of
 from fxquant.passes.fuse.row_program import Refusal, RowProgram, write_program
 
+CACHE_BYTES = 800 << 10  # of a core's cache for a block of rows: kArenaBudget of lowering/cpu/program.cpp
+BLOCK_ROWS = 32  # with fewer rows a block the weights pass by so often that separate linears are faster
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -37,6 +40,7 @@ def fuse_rows(gm: fx.GraphModule, fake_mode: FakeTensorMode) -> list[Chain]:
             _check_linears(group)
             anchor = _make_room(group, results)
             program = write_program(group, results)
+            _check_cache(program, group)
         except Refusal as refusal:
             chains.append(Chain(name, title, str(refusal)))
             continue
@@ -88,6 +92,17 @@ def _check_linears(group: Sequence[fx.Node]) -> None:
     """Refuse a group that gains nothing from staying in cache."""
     if sum(map(is_linear, group)) < 2:
         raise Refusal("one quantized linear only: there is nothing to keep in cache between two of them")
+
+
+def _check_cache(program: RowProgram, group: Sequence[fx.Node]) -> None:
+    """Refuse rows so wide that a core's cache holds only a few of them; fewer rows than a block need less."""
+    count = rows_of(group[-1])
+    rows = min(BLOCK_ROWS, int(count)) if count is not None and count.isdecimal() else BLOCK_ROWS
+    needed = rows * program.row_bytes()
+    if needed > CACHE_BYTES:
+        raise Refusal(
+            f"{rows} rows of it take {needed >> 10} KiB of scratch memory, and {CACHE_BYTES >> 10} KiB stay in a core's cache"
+        )
 
 
 def _level_after(level: int, key: str | None, next_key: str | None) -> int:

@@ -169,6 +169,63 @@ def test_all_layers_share_one_mask() -> None:
     assert torch.equal(got, ops(function, scheme="w8a8")(x, padding))
 
 
+class Half(nn.Module):
+    """What stands between two attentions: four results of one row program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 136), nn.Linear(136, 64)
+        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 32)
+        self.first, self.second = nn.LayerNorm(64), nn.LayerNorm(64)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        x = self.first(self.out(x) + residual)
+        x = self.second(self.down(nn.functional.gelu(self.up(x))) + x)
+        return x, self.q(x), self.k(x), self.v(x)
+
+
+def assert_chained(model: Callable[..., Any], codes: list[str], got: Any, *args: Tensor) -> None:
+    """Generated code that calls the row program itself, with the operator's bits."""
+    wanted = ops(model, scheme="w8a7", chains=True)(*args)
+    assert calls(codes, "fxquant_rows")
+    assert "torch.ops.fxquant" not in "".join(codes)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert a.stride() == b.stride()
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [FRESH, CPP], ids=["python", "cpp"])
+def test_a_chain_with_several_results(settings: dict[str, Any]) -> None:
+    model, args = Half(), (torch.randn(2, 64, 9).transpose(1, 2), torch.randn(2, 9, 64))
+    got, codes = run_and_get_code(through(model, settings, scheme="w8a7", chains=True), *args)
+    assert_chained(model, codes, got, *args)
+    stream = got[0].clone()
+    got[1].zero_()  # the results share a buffer, not a byte of it
+    assert torch.equal(got[0], stream)
+
+
+@torch.no_grad()
+def test_a_chain_of_changing_length() -> None:
+    model = Half()
+    fast = torch.compile(model, backend="fxquant", options={"scheme": "w8a7", "chains": True}, dynamic=True)
+    plain = ops(model, scheme="w8a7", chains=True)
+    for batch, length in ((2, 9), (3, 40), (1, 130), (2, 0)):
+        args = torch.randn(batch, length, 64), torch.randn(batch, length, 64)
+        for a, b in zip(fast(*args), plain(*args), strict=True):
+            assert torch.equal(a, b), (batch, length)
+
+
+@torch.no_grad()
+def test_layers_with_equal_chains_share_one_kernel() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(40, 72), nn.GELU(), nn.Linear(72, 40), nn.Hardtanh()) for _ in range(3)))
+    x = torch.randn(2, 5, 40)
+    got, codes = run_and_get_code(through(model, FRESH, scheme="w8a7", chains=True), x)
+    assert "".join(codes).count("static const int64_t program[]") == 1
+    assert torch.equal(got, ops(model, scheme="w8a7", chains=True)(x))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_cpp_wrapper_gives_the_same_bits(scheme: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.passes.fuse.rows import BLOCK_ROWS, CACHE_BYTES
 
 F = nn.functional
 Function = Callable[..., Any]
@@ -87,6 +88,20 @@ def test_one_linear_with_its_neighbours_is_left_with_a_sentence() -> None:
     compiled(torch.randn(3, 32))
     rows = [row for graph in fxquant.report(compiled).graphs for row in graph.rewrites if row.rule == "rows"]
     assert {row.reason for row in rows} == {"one quantized linear only: there is nothing to keep in cache between two of them"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "fires"), [(40, False), (32, False), (3, True)])
+def test_rows_too_wide_for_the_cache_are_left_with_a_sentence(rows: int, fires: bool) -> None:
+    torch._dynamo.reset()
+    gc.collect()  # a report lists every graph that is alive
+    wide = CACHE_BYTES // BLOCK_ROWS // 4
+    model = nn.Sequential(nn.Linear(16, wide), nn.ReLU(), nn.Linear(wide, 16)).eval()
+    compiled: Any = torch.compile(model, backend="fxquant", options={"scheme": "w8a8", "codegen": "ops", "chains": True})
+    compiled(torch.randn(rows, 16))
+    (row,) = [row for graph in fxquant.report(compiled).graphs for row in graph.rewrites if row.rule == "rows"]
+    assert row.fired is fires
+    assert fires or row.reason == "32 rows of it take 1000 KiB of scratch memory, and 800 KiB stay in a core's cache"
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a7"])
