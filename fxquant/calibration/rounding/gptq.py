@@ -10,8 +10,8 @@ in blocks of columns, so that what lies behind a block is updated by one product
 - A group's scale is taken from the columns as they stand when the sweep reaches it; ``static_groups`` takes all scales from
   the weight as it came. ``act_order`` sweeps by falling H_jj; the kernels want groups of neighbours, so scales are static then.
 - A Cholesky factor that does not exist is sought again with ten times the damping.
-- Scales of ``mse.choose_scale`` or, for static groups, ``partial(hessian_weighted.choose_scale, seen=seen)`` cost nothing more
-  and are better than max|w| / m at few bits.
+- max|w| / m is a poor scale at few bits; ``scale_of`` takes ``mse.choose_scale`` or, where scales are static,
+  ``partial(hessian_weighted.choose_scale, seen=seen)``.
 - GPTQ is greedy: a row whose error ½ ΔW H ΔWᵀ came out above that of nearest codes gets the nearest codes (ours).
 
 Affine in the publication, symmetric here because the kernels are symmetric.
