@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import sympy as sp
 
-from fxquant.passes.rule import Rule
+from fxquant.passes.rule import Rule, Sizes, size_of
 
 
 class Symbols:
@@ -45,11 +45,17 @@ class Symbols:
     def __rsub__(self, other: Any) -> "Symbols":
         return Symbols(_raw(other) - self.values)
 
+    def __matmul__(self, other: Any) -> "Symbols":
+        return Symbols(self.values @ _raw(other))
+
     def __mul__(self, other: Any) -> "Symbols":
         return Symbols(self.values * _raw(other))
 
     def __truediv__(self, other: Any) -> "Symbols":
         return Symbols(self.values / _raw(other))
+
+    def __rtruediv__(self, other: Any) -> "Symbols":
+        return Symbols(_raw(other) / self.values)
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -57,23 +63,48 @@ class Symbols:
 
 def prove(rule: Rule, spelling: int) -> bool:
     """Whether pattern and rewrite are the same expressions for tensors of symbols (sizes 2) and symbolic scalars."""
-    sizes = {name: 2 for shape in rule.shapes.values() for name in shape.split()}
-    operands: dict[str, Any] = {}
-    for name, shape in rule.shapes.items():
-        dims = tuple(sizes[s] for s in shape.split())
-        flat = [sp.Symbol(f"{name}{i}", real=True) for i in range(int(np.prod(dims)))]
-        operands[name] = Symbols(np.array(flat, dtype=object).reshape(dims))
-    for name, value in rule.samples.values.items():
-        operands[name] = sp.Symbol(name, positive=True) if isinstance(value, float) else value
+    operands = _symbols(rule)
     function = rule.all_spellings[spelling]
-    code = function.__code__
-    names = code.co_varnames[: code.co_argcount]
+    names = _arguments(function)
     left = function(**{name: operands[name] for name in names})
     assert rule.rewrite is not None
-    wanted = rule.rewrite.__code__.co_varnames[: rule.rewrite.__code__.co_argcount]
-    right = rule.rewrite(**{name: operands[name] if name in names else None for name in wanted})
+    known = {*names, *rule.vectors}
+    right = rule.rewrite(**{name: operands[name] if name in known else None for name in _arguments(rule.rewrite)})
+    if rule.reweights:
+        changed = {name: value for name, value in right.items() if name in names}
+        right = function(**{**{name: operands[name] for name in names}, **changed})
     pairs = zip(left.values.ravel(), right.values.ravel(), strict=True)
     return left.shape == right.shape and all(_is_zero(a - b) for a, b in pairs)
+
+
+def _symbols(rule: Rule) -> dict[str, Any]:
+    """Operands of a rule: symbols for tensors (sizes 2) and for numbers."""
+    sizes = {part: 2 for shape in rule.shapes.values() for name in shape.split() for part in name.split("*")} | {"one": 1}
+    operands: dict[str, Any] = {}
+    for name, shape in rule.shapes.items():
+        dims = tuple(size_of(s, sizes) for s in shape.split())
+        sign = {"positive": True} if rule.samples.values.get(name) == "positive" else {"real": True}
+        flat = [sp.Symbol(f"{name}{i}", **sign) for i in range(int(np.prod(dims)))]
+        operands[name] = Symbols(np.array(flat, dtype=object).reshape(dims))
+        if rule.samples.values.get(name) == "orthonormal":
+            operands[name] = Symbols(_rotation(sp.Symbol(name, real=True)))
+    for name, value in rule.samples.values.items():
+        if name not in operands:
+            operands[name] = sp.Symbol(name, positive=True) if isinstance(value, float) else value
+        if isinstance(value, Sizes):
+            operands[name] = [size_of(s, sizes) for s in value.split()]
+    return operands
+
+
+def _rotation(t: Any) -> Any:
+    """Every rotation of the plane but one, in rational functions of one symbol."""
+    cosine, sine = (1 - t**2) / (1 + t**2), 2 * t / (1 + t**2)
+    return [[cosine, -sine], [sine, cosine]]
+
+
+def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
+    code = function.__code__
+    return code.co_varnames[: code.co_argcount]
 
 
 def _is_zero(expression: Any) -> bool:
@@ -115,11 +146,28 @@ def _var(x: Any, dim: Any = -1, unbiased: bool = False, keepdim: bool = False, c
 
 
 def _layer_norm(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> Any:
-    return weight * (x - _mean(x, -1, True)) / _each(sp.sqrt)(_var(x, -1, keepdim=True) + eps) + bias
+    normal = (x - _mean(x, -1, True)) / _each(sp.sqrt)(_var(x, -1, keepdim=True) + eps)
+    return (normal if weight is None else weight * normal) + (0 if bias is None else bias)
 
 
 def _rms_norm(x: Any, normalized_shape: Any, weight: Any, eps: Any) -> Any:
-    return weight * x / _each(sp.sqrt)(_mean(x**2, -1, True) + eps)
+    return (1 if weight is None else weight) * x / _each(sp.sqrt)(_mean(x**2, -1, True) + eps)
+
+
+def _batch_norm(x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: Any, eps: Any, fast: bool) -> Any:
+    weight, bias, mean, var = (v.reshape(-1, 1) for v in (weight, bias, mean, var))
+    return weight * (x - mean) / _each(sp.sqrt)(var + eps) + bias
+
+
+def _softmax(x: Any, dim: int, dtype: Any = None) -> Any:
+    """An unknown function of a row: two are equal where all their scores are."""
+    rows = _each(sp.expand)(x).reshape(-1, x.shape[-1])
+    made = [[sp.Function("softmax")(i, *row) for i in range(len(row))] for row in rows]
+    return np.array(made, dtype=object).reshape(x.shape)
+
+
+def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, *, scale: Any = None) -> Any:
+    return _softmax(q @ np.swapaxes(k, -2, -1) * scale + (0 if attn_mask is None else attn_mask), -1) @ v
 
 
 def _sigmoid(x: Any) -> Any:
@@ -153,6 +201,19 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "matmul": lambda a, b: a @ b,
     "addmm": lambda c, a, b: c + a @ b,
     "linear": _linear,
+    "softmax": _softmax,
+    "batch_norm": _batch_norm,
+    "scaled_dot_product_attention": _attention,
     "t": lambda x: x.T,
+    "transpose": np.swapaxes,
+    "unsqueeze": np.expand_dims,
+    "reshape": lambda x, shape: x.reshape(shape),
+    "flatten": lambda x, start=0: x.reshape(*x.shape[:start], -1),
+    "sum": lambda x, dim: x.sum(dim),
+    "exp2": _each(lambda v: 2**v),
+    "repeat_interleave": lambda x, repeats, dim: np.repeat(x, repeats, dim),
+    "slice": lambda x, dim, start, end: np.moveaxis(np.moveaxis(x, dim, 0)[start:end], 0, dim),
+    "neg": lambda x: -x,
+    "cat": lambda parts, dim: np.concatenate(parts, dim),
     "einsum": lambda equation, *operands: np.einsum(equation, *operands),
 }
