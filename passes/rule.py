@@ -58,7 +58,9 @@ def size_of(name: str, sizes: Mapping[str, int]) -> int:
 class Samples:
     """Operands for the shared test: numbers for scalar operands, and the magnitudes that tensors are drawn at.
 
-    A word says how a tensor is drawn: ``finite`` and ``boolean`` masks, ``positive``, ``integer``, ``orthonormal`` columns.
+    A word says how a tensor is drawn: ``finite`` and ``boolean`` masks, ``positive``, ``integer``,
+    ``pairs`` (positive, the same in both halves of every four), ``orthonormal`` columns.
+    A function makes a value from the sizes.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import sympy as sp
+import torch
 
 from fxquant.passes.rule import Rule, Sizes, size_of
 
@@ -23,7 +24,7 @@ class Symbols:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> "Symbols":
-        return _call(function.__name__, args, kwargs or {})
+        return _call(function.__name__.partition(".")[0], args, kwargs or {})
 
     def __getattr__(self, name: str) -> Callable[..., "Symbols"]:
         if name.startswith("__") or name not in _FUNCTIONS:
@@ -61,9 +62,29 @@ class Symbols:
     __rmul__ = __mul__
 
 
+class Number(float):
+    """A float that stands for a symbol, for torch functions that take nothing but floats."""
+
+    symbol: Any
+
+    @classmethod
+    def of(cls, symbol: Any) -> "Number":
+        number = cls(0.7)  # never looked at
+        number.symbol = symbol
+        return number
+
+
 def prove(rule: Rule, spelling: int) -> bool:
     """Whether pattern and rewrite are the same expressions for tensors of symbols (sizes 2) and symbolic scalars."""
     operands = _symbols(rule)
+    try:
+        return _are_same(rule, spelling, operands)
+    except TypeError:  # a function of torch that is strict about numbers
+        boxed = {name: Number.of(value) if isinstance(value, sp.Symbol) else value for name, value in operands.items()}
+        return _are_same(rule, spelling, boxed)
+
+
+def _are_same(rule: Rule, spelling: int, operands: Mapping[str, Any]) -> bool:
     function = rule.all_spellings[spelling]
     names = _arguments(function)
     left = function(**{name: operands[name] for name in names})
@@ -85,13 +106,17 @@ def _symbols(rule: Rule) -> dict[str, Any]:
         dims = tuple(size_of(s, sizes) for s in shape.split())
         sign = {"positive": True} if rule.samples.values.get(name) == "positive" else {"real": True}
         flat = [sp.Symbol(f"{name}{i}", **sign) for i in range(int(np.prod(dims)))]
+        if rule.samples.values.get(name) == "pairs":
+            flat = [flat[i - i % 2] for i in range(len(flat))]
         operands[name] = Symbols(np.array(flat, dtype=object).reshape(dims))
         if rule.samples.values.get(name) == "orthonormal":
             operands[name] = Symbols(_rotation(sp.Symbol(name, real=True)))
     for name, value in rule.samples.values.items():
         if name not in operands:
             operands[name] = sp.Symbol(name, positive=True) if isinstance(value, float) else value
-        if isinstance(value, Sizes):
+        if callable(value) and not isinstance(value, torch.dtype):
+            operands[name] = value(sizes)
+        elif isinstance(value, Sizes):
             operands[name] = [size_of(s, sizes) for s in value.split()]
     return operands
 
@@ -109,7 +134,7 @@ def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def _is_zero(expression: Any) -> bool:
     exact = sp.nsimplify(expression, rational=False) if expression.has(sp.Float) else expression
-    if exact == 0 or sp.simplify(exact) == 0:
+    if exact == 0 or sp.expand(exact) == 0 or sp.simplify(exact) == 0:
         return True
     # Constants such as √(2/π) are written in decimals: the difference must vanish numerically at every symbol's value.
     points = ({s: sp.Rational(3 * i + j + 1, 7) for i, s in enumerate(sorted(exact.free_symbols, key=str))} for j in range(3))
@@ -117,8 +142,8 @@ def _is_zero(expression: Any) -> bool:
 
 
 def _raw(value: Any) -> Any:
-    if isinstance(value, Symbols):
-        return value.values
+    if isinstance(value, (Symbols, Number)):
+        return value.values if isinstance(value, Symbols) else value.symbol
     return sp.nsimplify(value) if isinstance(value, int) else value
 
 
@@ -130,6 +155,8 @@ def _call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Symbol
 def _raw_argument(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_raw_argument(v) for v in value]
+    if isinstance(value, Number):
+        return value.symbol
     return value.values if isinstance(value, Symbols) else value
 
 
@@ -166,8 +193,9 @@ def _softmax(x: Any, dim: int, dtype: Any = None) -> Any:
     return np.array(made, dtype=object).reshape(x.shape)
 
 
-def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, *, scale: Any = None) -> Any:
-    return _softmax(q @ np.swapaxes(k, -2, -1) * scale + (0 if attn_mask is None else attn_mask), -1) @ v
+def _attention(q: Any, k: Any, v: Any, mask: Any, dropout: Any, causal: bool, scale: Any, enable_gqa: bool) -> Any:
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return _softmax(q @ np.swapaxes(k, -2, -1) * scale + (0 if mask is None else mask), -1) @ v
 
 
 def _sigmoid(x: Any) -> Any:
@@ -214,6 +242,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "repeat_interleave": lambda x, repeats, dim: np.repeat(x, repeats, dim),
     "slice": lambda x, dim, start, end: np.moveaxis(np.moveaxis(x, dim, 0)[start:end], 0, dim),
     "neg": lambda x: -x,
+    "expand": np.broadcast_to,
     "cat": lambda parts, dim: np.concatenate(parts, dim),
     "einsum": lambda equation, *operands: np.einsum(equation, *operands),
 }

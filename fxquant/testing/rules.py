@@ -16,7 +16,7 @@ from fxquant.passes.joint import apply_rules
 from fxquant.passes.match import READ_ELSEWHERE
 from fxquant.passes.rule import ALGEBRA, Fired, Refused, Rule, Sizes, size_of
 
-SIZES = {"b": 3, "h": 2, "n": 5, "m": 5, "k": 4, "d": 4, "e": 4, "r": 3, "one": 1}
+SIZES = {"b": 3, "h": 2, "n": 5, "m": 5, "k": 4, "d": 4, "e": 4, "r": 3, "g": 2, "one": 1}
 TIED = "tied"  # a near miss: an operand that something else reads too
 
 
@@ -62,6 +62,8 @@ def draw(rule: Rule, spelling: int, dtype: torch.dtype, scale: float = 1.0, seed
                 operands[name] = Frozen(operands[name])
         elif isinstance(sample, Sizes):
             operands[name] = _sizes(sample)
+        elif callable(sample) and not isinstance(sample, torch.dtype):
+            operands[name] = sample(SIZES)
         else:
             operands[name] = dtype if sample is torch.float32 else sample
     return operands
@@ -81,6 +83,9 @@ def _drawn(value: Tensor, sample: str, dtype: torch.dtype) -> Any:
         return value > 0
     if sample == "positive":
         value = torch.exp(value.clamp(-2, 2))
+    elif sample == "pairs":  # both halves of every four features are the same
+        first = torch.exp(value.clamp(-2, 2)).reshape(-1, 2, 2)[:, :1]
+        value = torch.cat([first, first], 1).flatten()
     elif sample == "integer":
         value = torch.round(value.clamp(-3, 3))
     elif sample == "orthonormal":
