@@ -4,7 +4,7 @@ The new values are pure functions of weights, written into the graph before thei
 are packed, so nothing is baked in. Nodes keep their identity, and a plan that names them stays valid.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,24 +127,41 @@ def set_argument(place: Place, value: Any) -> None:
     node.args = tuple(filled)
 
 
+def write_value(function: Callable[..., Tensor], sources: Sequence[fx.Node], before: fx.Node, rule: str) -> fx.Node:
+    """A new value before a node: a function of weights, written out operator by operator."""
+    values = [source.meta["val"] for source in sources]
+    with maybe_fake_mode(values), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        body: fx.GraphModule = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+    (result,) = body.graph.find_nodes(op="output")[0].all_input_nodes
+    copies = dict(zip(body.graph.find_nodes(op="placeholder"), sources, strict=True))
+    return _write(body, result, copies, before, {"rule": rule})
+
+
 def _copy(changes: Changes, name: str, value: fx.Node, before: fx.Node) -> fx.Node:
     needed = _needed(value)
     copies = {node: source for node, source in changes.inputs.items() if node in needed}
+    note = {"rule": changes.match.rule.name, "changed": name}
+    return _write(changes.body, value, copies, before, note)
+
+
+def _write(
+    body: fx.GraphModule, result: fx.Node, copies: dict[fx.Node, fx.Node], before: fx.Node, note: Mapping[str, str]
+) -> fx.Node:
     late = [source.name for source in copies.values() if not source < before]
     if late:
         raise RuleError(f"{late[0]} is computed after {before.name}, which would read it")
     if not all(source.meta.get("fxquant_frozen", False) for source in copies.values()):
-        raise RuleError(f"the new {name} would depend on more than weights")
+        raise RuleError("a new value would depend on more than weights")
+    needed = _needed(result)
     with before.graph.inserting_before(before):
-        for old in changes.body.graph.nodes:
+        for old in body.graph.nodes:
             if old not in needed or old in copies:
                 continue
             made = before.graph.node_copy(old, lambda n: copies[n])
             made.meta = {key: held for key, held in before.meta.items() if key != "fxquant_vectors"}
-            made.meta |= {"val": old.meta["val"], "fxquant_frozen": True}
-            made.meta["fxquant"] = {"rule": changes.match.rule.name, "changed": name}
+            made.meta |= {"val": old.meta["val"], "fxquant_frozen": True, "fxquant": dict(note)}
             copies[old] = made
-    return copies[value]
+    return copies[result]
 
 
 def _needed(node: fx.Node) -> set[fx.Node]:

@@ -122,9 +122,17 @@ def _symbols(rule: Rule) -> dict[str, Any]:
 
 
 def _rotation(t: Any) -> Any:
-    """Every rotation of the plane but one, in rational functions of one symbol."""
-    cosine, sine = (1 - t**2) / (1 + t**2), 2 * t / (1 + t**2)
-    return [[cosine, -sine], [sine, cosine]]
+    """Every rotation of the plane: (cos t)² + (sin t)² = 1 is used by ``_normal``."""
+    return [[sp.cos(t), -sp.sin(t)], [sp.sin(t), sp.cos(t)]]
+
+
+def _normal(expression: Any) -> Any:
+    """A polynomial written out, with even powers of a sine as those of the cosine."""
+    flat = sp.expand(expression)
+    for sine in flat.atoms(sp.sin):
+        rest = sp.rem(sp.Poly(flat, sine), sp.Poly(sine**2 + sp.cos(sine.args[0]) ** 2 - 1, sine))
+        flat = sp.expand(rest.as_expr())
+    return flat
 
 
 def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -134,7 +142,7 @@ def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def _is_zero(expression: Any) -> bool:
     exact = sp.nsimplify(expression, rational=False) if expression.has(sp.Float) else expression
-    if exact == 0 or sp.expand(exact) == 0 or sp.simplify(exact) == 0:
+    if exact == 0 or sp.expand(exact) == 0 or _normal(sp.numer(sp.together(exact))) == 0 or sp.simplify(exact) == 0:
         return True
     # Constants such as √(2/π) are written in decimals: the difference must vanish numerically at every symbol's value.
     points = ({s: sp.Rational(3 * i + j + 1, 7) for i, s in enumerate(sorted(exact.free_symbols, key=str))} for j in range(3))
@@ -178,7 +186,7 @@ def _layer_norm(x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any)
 
 
 def _rms_norm(x: Any, normalized_shape: Any, weight: Any, eps: Any) -> Any:
-    return (1 if weight is None else weight) * x / _each(sp.sqrt)(_mean(x**2, -1, True) + eps)
+    return (1 if weight is None else weight) * x / _each(sp.sqrt)(_each(_normal)(_mean(x**2, -1, True)) + eps)
 
 
 def _batch_norm(x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: Any, eps: Any, fast: bool) -> Any:

@@ -139,7 +139,7 @@ RULE = Rule(
         FROZEN: {"weight": "g*h*d k"},
         FULL: dict.fromkeys(("x", "y", "weight", "bias", "key_weight", "key_bias", "cos", "sin", "v"), torch.bfloat16),
         UNTIED: {"key_weight": "tied"},
-        _GROUPS: {"half": 1, "cos": "one one", "sin": "n r"},
+        _GROUPS: {"half": 1},
         VECTOR: {"factor": "h"},
         POSITIVE: {"factor": torch.zeros(8)},
         _PAIRS: {"factor": torch.arange(1.0, 9.0)},
