@@ -25,7 +25,20 @@ RESIDUAL = "an add reads the value too: it is carried on as a residual, which a 
 NONLINEAR = "a nonlinearity reads the value too: a channel scale does not pass through it"
 PARTNER = "another operator that reads the same value cannot follow: "
 _ADDS = ("aten::add", "aten::sub")
-_NONLINEAR = ("gelu", "silu", "relu", "sigmoid", "tanh", "softmax", "exp", "softplus", "mish", "hardswish", "layer_norm", "rms_norm")
+_NONLINEAR = (
+    "gelu",
+    "silu",
+    "relu",
+    "sigmoid",
+    "tanh",
+    "softmax",
+    "exp",
+    "softplus",
+    "mish",
+    "hardswish",
+    "layer_norm",
+    "rms_norm",
+)
 
 
 def apply_rules(rules: tuple[Rule, ...], gm: fx.GraphModule) -> list[Event]:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from fxquant._compat import DYNAMO_CONTROL_FLOW, ENTER_AUTOCAST, EXIT_AUTOCAST, is_higher_order
 from fxquant.errors import RuleError
+from fxquant.passes.channels import carried
 from fxquant.passes.replace import insert, misfit, trace_rewrite
 from fxquant.passes.reweight import Place, changes_of, reweight
 from fxquant.passes.rule import Event, Fired, Refused, Rule
@@ -38,6 +39,7 @@ _SYNONYMS = {
     "_to_copy": "to",
     "special_erf": "erf",
     "_softmax": "softmax",
+    "clip": "clamp",
     "view": "reshape",
     "_unsafe_view": "reshape",
 }
@@ -169,7 +171,7 @@ def own_refusal(match: Match) -> str | None:
 def match_at(rule: Rule, spelling: int, node: fx.Node) -> Match | None:
     """The match of one spelling of a rule with its root at a node, or None."""
     pattern = _trace(rule.all_spellings[spelling])
-    state = _State({}, {}, (), ())
+    state = _State({}, {}, (), (), views=rule.joint and rule.reweights)
     if not _unify(pattern.root, node, state):
         return None
     nodes = tuple(sorted({*state.nodes.values(), *state.passed}, reverse=True))
@@ -214,9 +216,10 @@ class _State:
     nodes: dict[fx.Node, fx.Node]  # pattern node → graph node
     passed: tuple[fx.Node, ...]  # looked through between two matched nodes
     aliases: tuple[fx.Node, ...]  # looked through to see that two values are one operand
+    views: bool = False  # whether views that keep the channels last are looked through too
 
     def copy(self) -> "_State":
-        return _State(dict(self.operands), dict(self.nodes), self.passed, self.aliases)
+        return _State(dict(self.operands), dict(self.nodes), self.passed, self.aliases, self.views)
 
     def take(self, other: "_State") -> None:
         self.operands, self.nodes, self.passed, self.aliases = other.operands, other.nodes, other.passed, other.aliases
@@ -273,7 +276,7 @@ def _unify(pattern: Any, value: Any, state: _State) -> bool:
             return _bind(str(pattern.target), value, state)
         if not isinstance(value, fx.Node):
             return False
-        inner, passed = look_through(value)
+        inner, passed = look_through(value, state.views)
         state.passed += passed
         return _unify_node(pattern, inner, state)
     if isinstance(pattern, (list, tuple)):
@@ -359,10 +362,10 @@ def _from_front(dim: Any, node: fx.Node) -> Any:
     return dim + value.dim() if is_plain and isinstance(value, Tensor) else dim
 
 
-def look_through(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """The value behind operators that change nothing, and those operators."""
+def look_through(node: fx.Node, views: bool = False) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """The value behind operators that change nothing, and those operators; ``views`` only keep the channels last."""
     passed: tuple[fx.Node, ...] = ()
-    while (source := _unchanged(node)) is not None:
+    while (source := _unchanged(node) or (carried(node) if views else None)) is not None:
         passed += (node,)
         node = source
     return node, passed

@@ -24,9 +24,7 @@ def precondition(m: Match) -> Iterator[tuple[str, bool]]:
     yield from legal(m)
 
 
-def rewrite(
-    gamma: Tensor, beta: Tensor | None, weight: Tensor, bias: Tensor | None, **unused: Any
-) -> dict[str, Tensor | None]:
+def rewrite(gamma: Tensor, beta: Tensor | None, weight: Tensor, bias: Tensor | None, **unused: Any) -> dict[str, Tensor | None]:
     changed: dict[str, Tensor | None] = {"gamma": None, "weight": weight * gamma}
     if beta is not None:
         shift = torch.matmul(weight, beta)

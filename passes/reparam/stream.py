@@ -11,14 +11,23 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import RuleError
+from fxquant.passes.channels import carried, have_one_width, is_not_last, operator_name
 from fxquant.passes.reparam.legality import UNTIED
-from fxquant.passes.reparam.rotation import ORTHOGONAL, RULE, SQUARE, centred_columns, centred_rows, columns, is_orthogonal, rows
+from fxquant.passes.reparam.rotation import (
+    ORTHOGONAL,
+    RULE,
+    SQUARE,
+    centred_columns,
+    centred_rows,
+    columns,
+    is_orthogonal,
+    rows,
+)
 from fxquant.passes.reweight import Place, set_argument, write_value
 from fxquant.passes.rule import Event, Fired, Refused
 
 aten = torch.ops.aten
 NORMS = {aten.layer_norm.default: ("weight", "bias"), aten.rms_norm.default: ("weight",)}
-_RESHAPES = ("reshape", "view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "contiguous", "clone", "alias", "detach")
 AFFINE = "a norm on the stream has γ or β: fold them into the linears first (norm_affine)"
 READER = "the norm of a stream must be read by linears alone, and {} reads it"
 WRITER = "the stream must be made of linears, embeddings and constants, and {} writes it"
@@ -42,15 +51,14 @@ class Stream:
         return self.values | self.norms | self.readers
 
     def block(self, sentence: str, node: fx.Node) -> None:
-        name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else node.op
-        self.blocked = self.blocked or sentence.format(name)
+        self.blocked = self.blocked or sentence.format(operator_name(node))
 
 
 def rotate_streams(gm: fx.GraphModule) -> list[Event]:
     """Rotate every stream at a node of which a calibration handed over a rotation."""
     events: list[Event] = []
     for node in list(gm.graph.nodes):
-        given = node.meta.get("fxquant_vectors", {}).get(RULE.name)
+        given = node.meta.get("fxquant_vectors", {}).pop(RULE.name, None)
         if given is None:
             continue
         stream = next((s for s in find_streams(gm.graph) if node in s.nodes), None)
@@ -86,7 +94,7 @@ def _explore(start: Any) -> Stream:
 
 def _written_by(node: fx.Node, stream: Stream) -> list[fx.Node]:
     """Further values of the stream that a value is made of; a writer or a constant is noted."""
-    name = _name(node)
+    name = operator_name(node)
     sources = _carried(node)
     if sources is not None:
         stream.constants |= {(node, source) for source in sources if _is_frozen(source)}
@@ -116,7 +124,7 @@ def _read_by(node: fx.Node, stream: Stream) -> list[fx.Node]:
 def _note_readers(node: fx.Node, stream: Stream) -> None:
     for user in node.users:
         sources = _carried(user)
-        if _name(user) == "linear" and user.args[0] is node and _is_frozen(user.args[1]):
+        if operator_name(user) == "linear" and user.args[0] is node and _is_frozen(user.args[1]):
             stream.readers.add(user)
         elif sources == [node]:
             _note_readers(user, stream)
@@ -126,34 +134,15 @@ def _note_readers(node: fx.Node, stream: Stream) -> None:
 
 def _carried(node: fx.Node) -> list[fx.Node] | None:
     """The values whose channels a node carries on one by one: an add's, a view's, a concatenation's of tokens; or None."""
-    name = _name(node)
+    name = operator_name(node)
     if name == "add":
         is_plain = all(isinstance(arg, fx.Node) for arg in node.args) and not node.kwargs
-        return list(node.args) if is_plain and len(node.args) == 2 and _width(*node.args, node) else None  # type: ignore[arg-type]
+        return list(node.args) if is_plain and len(node.args) == 2 and have_one_width(*node.args, node) else None  # type: ignore[arg-type]
     if name == "cat" and isinstance(node.args[0], (list, tuple)):
-        keeps = _is_not_last(node, node.args[1] if len(node.args) > 1 else 0)
-        return list(node.args[0]) if keeps and _width(*node.args[0], node) else None
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not _width(source, node):
-        return None
-    if name in _RESHAPES or (name == "dropout" and (node.args[1] == 0 or node.args[2] is False)):
-        return [source]
-    if name in ("select", "slice", "index_select"):
-        return [source] if _is_not_last(source, node.args[1] if len(node.args) > 1 else 0) else None
-    if name == "transpose":
-        return [source] if all(_is_not_last(source, dim) for dim in node.args[1:3]) else None
-    return None
-
-
-def _is_not_last(node: fx.Node, dim: Any) -> bool:
-    return isinstance(dim, int) and dim % node.meta["val"].dim() != node.meta["val"].dim() - 1
-
-
-def _width(*nodes: Any) -> bool:
-    """Whether values have one last size, compared as text."""
-    values = [node.meta.get("val") for node in nodes]
-    shapes = [value.shape for value in values if isinstance(value, Tensor)]
-    return len(shapes) == len(nodes) and all(shapes) and len({str(shape[-1]) for shape in shapes}) == 1
+        keeps = is_not_last(node, node.args[1] if len(node.args) > 1 else 0)
+        return list(node.args[0]) if keeps and have_one_width(*node.args[0], node) else None
+    source = carried(node)
+    return None if source is None else [source]
 
 
 def _refusal(stream: Stream, rotation: fx.Node) -> str | None:
@@ -187,7 +176,7 @@ def _rotate(stream: Stream, rotation: fx.Node) -> None:
     has_means = any(norm.target is aten.layer_norm.default for norm in stream.norms)
     by_row, by_column = (centred_rows, centred_columns) if has_means else (rows, columns)
     for node in stream.writers:
-        is_linear = _name(node) == "linear"
+        is_linear = operator_name(node) == "linear"
         _change(node, "weight", rotation, by_row if is_linear else by_column)
         if is_linear:
             _change(node, "bias", rotation, by_column)
@@ -224,10 +213,6 @@ def _argument(node: fx.Node, name: str) -> Any:
     names = [argument.name for argument in node.target._schema.arguments]
     index = names.index(name) if name in names else len(node.args)
     return node.args[index] if index < len(node.args) else node.kwargs.get(name)
-
-
-def _name(node: fx.Node) -> str:
-    return node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else node.op
 
 
 def _is_frozen(node: Any) -> bool:
