@@ -1,11 +1,11 @@
-"""Operators that carry the last dimension on value by value: views, and selections along other dimensions."""
+"""Operators that carry values on as they are, or at least the last dimension of them: views, selections, idle casts."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-_RESHAPES = ("reshape", "view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "contiguous", "clone", "alias", "detach")
+_RESHAPES = ("reshape", "view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "clone")
 
 
 def operator_name(node: fx.Node) -> str:
@@ -14,11 +14,13 @@ def operator_name(node: fx.Node) -> str:
 
 
 def carried(node: fx.Node) -> fx.Node | None:
-    """The value whose channels a view, a selection or a dropout that does nothing carries on, or None."""
+    """The value whose channels a view, a selection or an operator that changes nothing carries on, or None."""
+    if (same := _unchanged(node)) is not None:
+        return same
     name, source = operator_name(node), node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not have_one_width(source, node):
         return None
-    if name in _RESHAPES or (name == "dropout" and (node.args[1] == 0 or node.args[2] is False)):
+    if name in _RESHAPES:
         return source
     if name in ("select", "slice", "index_select"):
         return source if is_not_last(source, node.args[1] if len(node.args) > 1 else 0) else None
@@ -39,3 +41,31 @@ def have_one_width(*nodes: Any) -> bool:
     values = [node.meta.get("val") for node in nodes]
     shapes = [value.shape for value in values if isinstance(value, Tensor)]
     return len(shapes) == len(nodes) and all(shapes) and len({str(shape[-1]) for shape in shapes}) == 1
+
+
+def look_through(node: fx.Node, views: bool = False) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """The value behind operators that change nothing, and those operators; ``views`` only keep the channels last."""
+    passed: tuple[fx.Node, ...] = ()
+    while (source := (carried(node) if views else _unchanged(node))) is not None:
+        passed += (node,)
+        node = source
+    return node, passed
+
+
+def _unchanged(node: fx.Node) -> fx.Node | None:
+    name = operator_name(node)
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if name == "dropout" and len(node.args) == 3 and (node.args[1] == 0 or node.args[2] is False):
+        return source
+    if name in ("alias", "detach", "contiguous", "lift_fresh_copy"):
+        return source
+    if name == "slice" and all("val" in n.meta for n in (source, node)):
+        whole = [tuple(map(str, n.meta["val"].shape)) for n in (source, node)]
+        return source if whole[0] == whole[1] else None  # x[:]
+    if name in ("to", "_to_copy", "type_as"):
+        before, after = source.meta.get("val"), node.meta.get("val")
+        if isinstance(before, Tensor) and isinstance(after, Tensor):
+            return source if (before.dtype, before.device) == (after.dtype, after.device) else None
+    return None

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from fxquant._compat import DYNAMO_CONTROL_FLOW, ENTER_AUTOCAST, EXIT_AUTOCAST, is_higher_order
 from fxquant.errors import RuleError
-from fxquant.passes.channels import carried
+from fxquant.passes.channels import look_through
 from fxquant.passes.replace import insert, misfit, trace_rewrite
 from fxquant.passes.reweight import Place, changes_of, reweight
 from fxquant.passes.rule import Event, Fired, Refused, Rule
@@ -360,34 +360,6 @@ def _from_front(dim: Any, node: fx.Node) -> Any:
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
     is_plain = isinstance(dim, int) and not isinstance(dim, bool) and dim < 0
     return dim + value.dim() if is_plain and isinstance(value, Tensor) else dim
-
-
-def look_through(node: fx.Node, views: bool = False) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """The value behind operators that change nothing, and those operators; ``views`` only keep the channels last."""
-    passed: tuple[fx.Node, ...] = ()
-    while (source := _unchanged(node) or (carried(node) if views else None)) is not None:
-        passed += (node,)
-        node = source
-    return node, passed
-
-
-def _unchanged(node: fx.Node) -> fx.Node | None:
-    name = _op_name(node) if node.op == "call_function" else ""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    if name == "dropout" and len(node.args) == 3 and (node.args[1] == 0 or node.args[2] is False):
-        return source
-    if name in ("alias", "detach", "contiguous", "lift_fresh_copy"):
-        return source
-    if name == "slice" and all("val" in n.meta for n in (source, node)):
-        whole = [tuple(map(str, n.meta["val"].shape)) for n in (source, node)]
-        return source if whole[0] == whole[1] else None  # x[:]
-    if name in ("to", "type_as"):
-        before, after = source.meta.get("val"), node.meta.get("val")
-        if isinstance(before, Tensor) and isinstance(after, Tensor):
-            return source if (before.dtype, before.device) == (after.dtype, after.device) else None
-    return None
 
 
 def barrier(match: Match) -> str | None:

@@ -75,9 +75,10 @@ class Rule:
     ``near_misses`` gives for each sentence of the precondition the operands that break exactly that one.
 
     The rewrite of a rule that ``reweights`` returns new values for some operands, by name: the matched operators stay
-    where they are. A ``joint`` rule matches one reader of a value and fires for all its readers or for none; if it reweights too, it
-    looks through views that keep the last dimension.
-    ``module`` is where a rule is written whose pattern is shared. ``vectors`` are frozen operands that no operator of the pattern reads: a calibration hands them over for a site.
+    where they are. A ``joint`` rule matches one reader of a value and fires for all its readers or for none; if it
+    reweights too, it looks through views that keep the last dimension. ``module`` is where a rule is written whose pattern
+    is shared. ``vectors`` are frozen operands that no operator of the pattern reads: a calibration hands them over for a
+    site.
     """
 
     pattern: Callable[..., Any]

@@ -53,12 +53,13 @@ class Captured:
 
     def run(self) -> Tensor:
         """The result of the graph."""
-        result = self.gm(*self.inputs)
+        with torch.no_grad():
+            result = self.gm(*self.inputs)
         return result[0] if isinstance(result, (tuple, list)) else result  # type: ignore[no-any-return]
 
     def error(self) -> float:
         """The largest difference from eager mode, relative to its largest value."""
-        return ((self.run() - self.wanted).abs().max() / self.wanted.abs().max()).item()
+        return float((self.run() - self.wanted).abs().max() / self.wanted.abs().max())
 
     def value(self, node: Any) -> Tensor:
         """The value of a weight that the graph computes."""
@@ -66,7 +67,8 @@ class Captured:
 
     def node(self, name: str, index: int = 0) -> fx.Node:
         """A node by the bare name of its ATen operator."""
-        return [n for n in self.gm.graph.nodes if _name(n) == f"aten::{name}"][index]
+        found: list[fx.Node] = [n for n in self.gm.graph.nodes if _name(n) == f"aten::{name}"]
+        return found[index]
 
     def count(self, name: str) -> int:
         """How many nodes have an operator."""

@@ -110,7 +110,10 @@ class Finite:
 def build_graph(
     rule: Rule, spelling: int, operands: Mapping[str, Any], also: int | None = None, tied: str | None = None
 ) -> tuple[fx.GraphModule, Callable[..., Any]]:
-    """The normal-form graph of a spelling over tensor operands; ``also`` returns that inner value too, ``tied`` that operand."""
+    """The normal-form graph of a spelling over tensor operands.
+
+    ``also`` returns that inner value too, ``tied`` that operand.
+    """
     fixed = {n: v for n, v in operands.items() if not isinstance(v, (Tensor, Frozen, Finite))}
     named = {n: v for n, v in operands.items() if n not in fixed}
 

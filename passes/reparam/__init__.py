@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from fxquant._compat import FakeTensorMode, maybe_fake_mode
 from fxquant.binding import add_input
 from fxquant.errors import RuleError
+from fxquant.passes.channels import look_through
 from fxquant.passes.joint import NONLINEAR, RESIDUAL, apply_rules, why_not
-from fxquant.passes.match import look_through
+from fxquant.passes.match import find
 from fxquant.passes.reparam import (
     attention_scale,
     exponent_shift,
@@ -78,7 +79,7 @@ def reparameterize(
             events += rotate_streams(gm) if rule.name in wanted else []
         elif rule.name in wanted:
             events += apply_rules((rule,), gm)
-    events += _left_over(gm, events)
+    events += _left_over(gm)
     for node in made:
         if not node.users:
             gm.graph.erase_node(node)
@@ -120,14 +121,16 @@ def _input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
     return node
 
 
-def _left_over(gm: fx.GraphModule, events: list[Event]) -> list[Event]:
-    """A refusal for every vector that no rule took or refused."""
-    refused = {(event.rule.name, event.node_name) for event in events if isinstance(event, Refused)}
+def _left_over(gm: fx.GraphModule) -> list[Event]:
+    """A refusal for every vector of a site that its rule did not even match."""
     rules, found = {rule.name: rule for rule in REPARAMS}, list[Event]()
-    for node in gm.graph.nodes:
-        for name in node.meta.pop("fxquant_vectors", {}):
-            if not any((name, n.name) in refused for n in (node, *node.users)):
-                found.append(Refused(rules[name], node.name, _diagnosis(node)))
+    given = {node: list(held) for node in gm.graph.nodes if (held := node.meta.get("fxquant_vectors"))}
+    for name in {name for names in given.values() for name in names}:
+        matched = {node for match in find(rules[name], gm) for node in match.nodes}
+        lost = [node for node, names in given.items() if name in names and node not in matched]
+        found += [Refused(rules[name], node.name, _diagnosis(node)) for node in lost]
+    for node in given:
+        del node.meta["fxquant_vectors"]
     return found
 
 

@@ -48,7 +48,7 @@ def _scale(scale: float | None, k: Tensor) -> float | None:
 
 
 def rewrite(weight: Tensor, bias: Tensor | None, k: Tensor, scale: float | None, **unused: Any) -> dict[str, Any]:
-    factor = _scale(scale, k)
+    factor = _scale(scale, k) or 1.0
     changed = {"weight": weight * factor, "scale": 1.0}
     return changed if bias is None else changed | {"bias": bias * factor}
 

@@ -140,7 +140,9 @@ def _carried(node: fx.Node) -> list[fx.Node] | None:
         return list(node.args) if is_plain and len(node.args) == 2 and have_one_width(*node.args, node) else None  # type: ignore[arg-type]
     if name == "cat" and isinstance(node.args[0], (list, tuple)):
         keeps = is_not_last(node, node.args[1] if len(node.args) > 1 else 0)
-        return list(node.args[0]) if keeps and have_one_width(*node.args[0], node) else None
+        return (
+            [arg for arg in node.args[0] if isinstance(arg, fx.Node)] if keeps and have_one_width(*node.args[0], node) else None
+        )
     source = carried(node)
     return None if source is None else [source]
 

@@ -40,7 +40,8 @@ class Block(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         split = (*x.shape[:2], self.heads, -1)
         q, k, v = (layer(x).view(*split[:3], x.shape[-1] // self.heads).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+        out: Tensor = self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         if self.post:
@@ -294,7 +295,8 @@ def test_repbn_worked_example() -> None:
             self.bn, self.alpha = nn.BatchNorm1d(2, eps=0.0), parameter([0.5])
             self.fc = linear_of([[1, 2], [-1, 0.5], [0, 3]], [0, 1, -1])
             self.bn.weight, self.bn.bias = parameter([2, 1]), parameter([0.1, -0.2])
-            assert self.bn.running_mean is not None and self.bn.running_var is not None
+            assert self.bn.running_mean is not None
+            assert self.bn.running_var is not None
             self.bn.running_mean.copy_(vector(0.5, -1))
             self.bn.running_var.copy_(vector(4, 0.25))
 
