@@ -61,9 +61,9 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
         return source
     if name in ("alias", "detach", "contiguous", "lift_fresh_copy"):
         return source
-    if name == "slice" and all("val" in n.meta for n in (source, node)):
+    if name in ("slice", "reshape", "view") and all("val" in n.meta for n in (source, node)):
         whole = [tuple(map(str, n.meta["val"].shape)) for n in (source, node)]
-        return source if whole[0] == whole[1] else None  # x[:]
+        return source if whole[0] == whole[1] else None  # x[:], a reshape to the same shape
     if name in ("to", "_to_copy", "type_as"):
         before, after = source.meta.get("val"), node.meta.get("val")
         if isinstance(before, Tensor) and isinstance(after, Tensor):

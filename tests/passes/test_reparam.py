@@ -48,7 +48,8 @@ class Block(nn.Module):
             x = self.norm1(x + self.attention(x))
             return self.norm2(x + self.fc2(F.gelu(self.fc1(x))))  # type: ignore[no-any-return]
         x = x + self.scale1 * self.attention(self.norm1(x))
-        return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        branch: Tensor = self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + branch
 
 
 class Stack(nn.Module):
