@@ -19,7 +19,9 @@ from torch import Tensor, fx
 
 from fxquant._compat import DYNAMO_CONTROL_FLOW, ENTER_AUTOCAST, EXIT_AUTOCAST, is_higher_order
 from fxquant.errors import RuleError
+from fxquant.passes.channels import look_through
 from fxquant.passes.replace import insert, misfit, trace_rewrite
+from fxquant.passes.reweight import Place, changes_of, reweight
 from fxquant.passes.rule import Event, Fired, Refused, Rule
 
 READ_ELSEWHERE = "an intermediate value is read elsewhere"
@@ -31,7 +33,16 @@ NUMBER_TOLERANCE = 1e-8
 _OPERATORS = {operator.truediv: "div", operator.getitem: "getitem", operator.matmul: "matmul", operator.pow: "pow"}
 _COMMUTATIVE = ("add", "mul")
 _IGNORED_ARGUMENTS = ("cudnn_enable", "alpha_is_one")
-_SYNONYMS = {"mm": "matmul", "bmm": "matmul", "_to_copy": "to", "special_erf": "erf", "_softmax": "softmax"}
+_SYNONYMS = {
+    "mm": "matmul",
+    "bmm": "matmul",
+    "_to_copy": "to",
+    "special_erf": "erf",
+    "_softmax": "softmax",
+    "clip": "clamp",
+    "view": "reshape",
+    "_unsafe_view": "reshape",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Match:
     operands: dict[str, Any]
     nodes: tuple[fx.Node, ...] = field(default=())
     aliases: tuple[fx.Node, ...] = field(default=())
+    places: dict[str, tuple[Place, ...]] = field(default_factory=dict)  # operand → the arguments that it stands in
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -65,6 +77,16 @@ class Match:
         """Whether an operand is a weight: computed from Parameters and constants alone."""
         node = self.node(name)
         return node is not None and bool(node.meta.get("fxquant_frozen", False))
+
+    def is_read_elsewhere(self, name: str) -> bool:
+        """Whether something beside the matched operators reads an operand: a tied weight, a shared norm."""
+        node = self.node(name)
+        return node is not None and any(user not in self.nodes for user in node.users)
+
+    def data(self, name: str) -> Tensor | None:
+        """The value of a vector that a calibration handed over, or None."""
+        node = self.node(name)
+        return None if node is None else node.meta.get("fxquant_value")
 
     def is_computed_in(self, dtype: torch.dtype) -> bool:
         """Whether every matched value has this dtype; in an autocast region it may differ from that of the operands."""
@@ -95,43 +117,97 @@ def _try(match: Match, gone: set[fx.Node]) -> Event:
     rule = match.rule
     try:
         sentence = refusal(match)
-        if sentence is None and rule.rewrite is not None:
+        if sentence is None and rule.reweights:
+            changes = changes_of(match)
+            sentence = changes.misfit()
+            if sentence is None:
+                reweight([changes])
+                forget_vectors(match)
+                return Fired(rule, match.root.name)
+        elif sentence is None and rule.rewrite is not None:
             body = trace_rewrite(match)
             sentence = misfit(match.root, body)
             if sentence is None:
+                forget_vectors(match)
                 gone.update(insert(match, body))
                 return Fired(rule, match.root.name)
     except DYNAMO_CONTROL_FLOW:
         raise
     except Exception as error:
-        problem = (str(error).strip().splitlines() or ["no message"])[0]
-        sentence = f"the rule {rule.name} failed here: {type(error).__name__}: {problem}"
+        sentence = failure(rule, error)
     return Refused(rule, match.root.name, sentence or "it is only named")
+
+
+def failure(rule: Rule, error: Exception) -> str:
+    """The sentence of a rule that raised."""
+    problem = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"the rule {rule.name} failed here: {type(error).__name__}: {problem}"
+
+
+def forget_vectors(match: Match) -> None:
+    """A vector serves one firing: the result must not match again."""
+    for node in match.nodes:
+        node.meta.get("fxquant_vectors", {}).pop(match.rule.name, None)
 
 
 def refusal(match: Match) -> str | None:
     """Why a match must not be rewritten, or None."""
+    sentence = own_refusal(match)
+    if sentence is None and any(user not in match.nodes for node in match.nodes[1:] for user in node.users):
+        sentence = READ_ELSEWHERE
+    return sentence or barrier(match)
+
+
+def own_refusal(match: Match) -> str | None:
+    """Why a match must not be rewritten whatever reads its inner values, or None."""
     if any("val" not in node.meta for node in (*match.nodes, *filter(None, map(match.node, match.operands)))):
         return UNKNOWN_VALUE
     for sentence, holds in match.rule.precondition(match):
         if not holds:
             return sentence
-    inside = set(match.nodes)
-    if any(user not in inside for node in match.nodes[1:] for user in node.users):
-        return READ_ELSEWHERE
-    return _barrier(match)
+    return None
 
 
 def match_at(rule: Rule, spelling: int, node: fx.Node) -> Match | None:
     """The match of one spelling of a rule with its root at a node, or None."""
     pattern = _trace(rule.all_spellings[spelling])
-    state = _State({}, {}, (), ())
+    state = _State({}, {}, (), (), views=rule.joint and rule.reweights)
     if not _unify(pattern.root, node, state):
         return None
-    operands = {name: state.operands.get(name) for name in pattern.parameters}
     nodes = tuple(sorted({*state.nodes.values(), *state.passed}, reverse=True))
+    vectors = _vectors(rule, nodes)
+    if vectors is None:
+        return None
+    operands = {name: state.operands.get(name) for name in pattern.parameters}
+    operands = {**dict.fromkeys(_parameters(rule)), **operands, **vectors}
     aliases = tuple(alias for alias in state.aliases if alias not in nodes)
-    return Match(rule, spelling, node, {**dict.fromkeys(_parameters(rule)), **operands}, nodes, aliases)
+    return Match(rule, spelling, node, operands, nodes, aliases, _places(state) if rule.reweights else {})
+
+
+def _vectors(rule: Rule, nodes: tuple[fx.Node, ...]) -> dict[str, fx.Node] | None:
+    """What a calibration handed over to this rule at one of the nodes; None where it lacks something."""
+    if not rule.vectors:
+        return {}
+    given = [node.meta.get("fxquant_vectors", {}).get(rule.name, {}) for node in nodes]
+    found = {name: vector for held in reversed(given) for name, vector in held.items()}
+    return found if set(rule.vectors) <= set(found) else None
+
+
+def _places(state: "_State") -> dict[str, tuple[Place, ...]]:
+    """Every argument of a matched node that is an operand, also one that is left out."""
+    found: dict[str, tuple[Place, ...]] = {}
+    for pattern, node in state.nodes.items():
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        names = [a.name for a in node.target._schema.arguments if a.name not in _IGNORED_ARGUMENTS]
+        for argument, (left, right) in zip(names, _line_up(pattern, node) or (), strict=True):
+            inputs = pattern.all_input_nodes if _op_name(node) in _COMMUTATIVE else [left]
+            for source in inputs:
+                is_operand = isinstance(source, fx.Node) and source.op == "placeholder"
+                if is_operand and state.operands.get(str(source.target)) is right:
+                    name = str(source.target)
+                    found[name] = (*found.get(name, ()), Place(node, argument))
+    return found
 
 
 @dataclass
@@ -140,9 +216,10 @@ class _State:
     nodes: dict[fx.Node, fx.Node]  # pattern node → graph node
     passed: tuple[fx.Node, ...]  # looked through between two matched nodes
     aliases: tuple[fx.Node, ...]  # looked through to see that two values are one operand
+    views: bool = False  # whether views that keep the channels last are looked through too
 
     def copy(self) -> "_State":
-        return _State(dict(self.operands), dict(self.nodes), self.passed, self.aliases)
+        return _State(dict(self.operands), dict(self.nodes), self.passed, self.aliases, self.views)
 
     def take(self, other: "_State") -> None:
         self.operands, self.nodes, self.passed, self.aliases = other.operands, other.nodes, other.passed, other.aliases
@@ -199,7 +276,7 @@ def _unify(pattern: Any, value: Any, state: _State) -> bool:
             return _bind(str(pattern.target), value, state)
         if not isinstance(value, fx.Node):
             return False
-        inner, passed = look_through(value)
+        inner, passed = look_through(value, state.views)
         state.passed += passed
         return _unify_node(pattern, inner, state)
     if isinstance(pattern, (list, tuple)):
@@ -285,32 +362,7 @@ def _from_front(dim: Any, node: fx.Node) -> Any:
     return dim + value.dim() if is_plain and isinstance(value, Tensor) else dim
 
 
-def look_through(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """The value behind operators that change nothing, and those operators."""
-    passed: tuple[fx.Node, ...] = ()
-    while (source := _unchanged(node)) is not None:
-        passed += (node,)
-        node = source
-    return node, passed
-
-
-def _unchanged(node: fx.Node) -> fx.Node | None:
-    name = _op_name(node) if node.op == "call_function" else ""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    if name == "dropout" and len(node.args) == 3 and (node.args[1] == 0 or node.args[2] is False):
-        return source
-    if name in ("alias", "detach", "contiguous", "lift_fresh_copy"):
-        return source
-    if name in ("to", "type_as"):
-        before, after = source.meta.get("val"), node.meta.get("val")
-        if isinstance(before, Tensor) and isinstance(after, Tensor):
-            return source if (before.dtype, before.device) == (after.dtype, after.device) else None
-    return None
-
-
-def _barrier(match: Match) -> str | None:
+def barrier(match: Match) -> str | None:
     """What stands between the first matched node and the root and forbids to move them together, or None."""
     node = min((*match.nodes, *match.aliases))
     while node is not match.root:

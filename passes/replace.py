@@ -69,7 +69,7 @@ def _copy_before(match: "Match", body: fx.GraphModule) -> fx.Node:
                     continue
                 new = root.graph.node_copy(old, lambda n: copies[n])
                 made.append(new)
-                new.meta = {**root.meta, "val": old.meta["val"]}
+                new.meta = {**_like(match, old).meta, "val": old.meta["val"]}
                 new.meta["fxquant_frozen"] = all(n.meta.get("fxquant_frozen", False) for n in new.all_input_nodes)
                 new.meta["fxquant"] = {"rule": match.rule.name, "replaced": [n.name for n in match.nodes]}
                 copies[old] = new
@@ -78,6 +78,11 @@ def _copy_before(match: "Match", body: fx.GraphModule) -> fx.Node:
         for node in reversed(made):
             root.graph.erase_node(node)
         raise
+
+
+def _like(match: "Match", made: fx.Node) -> fx.Node:
+    """The node whose module a new node belongs to: that of the same operator, else the root."""
+    return next((node for node in match.nodes if node.target is made.target), match.root)
 
 
 def _tensors(match: "Match") -> dict[str, fx.Node]:

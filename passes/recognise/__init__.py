@@ -9,6 +9,7 @@ from fxquant.passes.recognise import (
     clipped_attention,
     einsum_attention,
     einsum_linear,
+    gated_attention,
     gelu,
     layer_norm,
     linear,
@@ -17,6 +18,7 @@ from fxquant.passes.recognise import (
     sigmoid_attention,
     silu,
     softmax,
+    temperature,
 )
 from fxquant.passes.rule import Event, Rule
 
@@ -29,10 +31,12 @@ RULES: tuple[Rule, ...] = (
     rms_norm.RULE,
     softmax.RULE,
     *attention.RULES,
+    *temperature.RULES,
     einsum_attention.RULE,
     boolean_attention.RULE,
     *sigmoid_attention.RULES,
     clipped_attention.RULE,
+    gated_attention.RULE,
     linear.RULE,
     einsum_linear.RULE,
 )

@@ -72,7 +72,7 @@ _HIDDEN = "the mask may hold -inf: a fully masked row would change from NaN to 0
 
 def precondition(m: Match) -> Iterator[tuple[str, bool]]:
     yield "q, k and v must be tensors of 3 or 4 dimensions", all(v.dim() in (3, 4) for v in (m.q, m.kt, m.v))
-    yield "q, k and v must share their batch and head sizes", len({_lead(v) for v in (m.q, m.kt, m.v)}) == 1
+    yield "q, k and v must share their batch and head sizes", len({lead(v) for v in (m.q, m.kt, m.v)}) == 1
     yield "k and v must not be weights", not (m.is_frozen("kt") or m.is_frozen("v"))
     yield (
         "q, k and v must be float32: in half precision the written casts decide the rounding",
@@ -88,7 +88,17 @@ def precondition(m: Match) -> Iterator[tuple[str, bool]]:
     yield _HIDDEN, m.mask is None or (mask is not None and is_finite(mask))
 
 
-def _lead(x: Tensor) -> tuple[str, ...]:
+def is_hidden_safe(m: Match) -> bool:
+    """Whether there is no mask, or one that fits the scores and is proved finite."""
+    mask = m.node("mask")
+    if m.mask is None:
+        return True
+    fits = _is_float_mask(m.mask, m.q) and _fits(m.mask, [*m.q.shape[:-1], m.kt.shape[-1]])
+    return fits and mask is not None and is_finite(mask)
+
+
+def lead(x: Tensor) -> tuple[str, ...]:
+    """Batch and head sizes as text."""
     return tuple(map(str, x.shape[:-2]))  # compared as text: a comparison of symbolic sizes would add a guard
 
 
