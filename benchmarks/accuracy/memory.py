@@ -1,0 +1,62 @@
+"""Calibration's peak of resident memory, few batches against many, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FEW, MANY = 16, 1024
+SHAPE = (2, 64)  # rows, tokens of a batch
+SCHEME = "w8a8"
+
+
+def report_memory(methods: list[str]) -> None:
+    """Print the peaks of every method that calibrates, and their ratio."""
+    print("| method | peak MiB, 16 batches | 1,024 batches | ratio |\n|---|---|---|---|")
+    for method in methods:
+        if method != "dynamic":
+            few, many = (peak_of_child(method, count) for count in (FEW, MANY))
+            print(f"| {method} | {few:.1f} | {many:.1f} | {many / few:.3f} |", flush=True)
+
+
+def peak_of_child(method: str, batches: int) -> float:
+    """MiB that a new process held at most while it calibrated."""
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from accuracy.memory import calibrate_once; calibrate_once()"
+    done = subprocess.run([sys.executable, "-c", code, method, str(batches)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"calibration by {method} on {batches} batches failed: {done.stderr[-2000:]}")
+    peak: float = json.loads(done.stdout.splitlines()[-1])["peak_mib"]
+    return peak
+
+
+def calibrate_once() -> None:
+    """In the child: MiniLM on random tokens, every batch another; prints the peak."""
+    from accuracy.minilm_sentences import MiniLM
+    from accuracy.suite import prepare
+
+    import fxquant
+
+    method, count = sys.argv[1], int(sys.argv[2])
+    prepare()
+    model = MiniLM().load()
+    found = fxquant.calibrate(model, random_batches(count), scheme=SCHEME, method=method)
+    print(json.dumps({"batches": found.batches, "peak_mib": peak_mib()}))
+
+
+def random_batches(count: int) -> Iterator[dict[str, Tensor]]:
+    """Token ids of one shape, made when they are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        ids = torch.randint(1000, 30000, SHAPE, generator=generator)
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+def peak_mib() -> float:
+    """The most that this process held; getrusage would answer for the program before ``exec`` too."""
+    fields: dict[str, Any] = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) / 1024
