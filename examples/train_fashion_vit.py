@@ -48,9 +48,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value)
-        )
+        q, k, v = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value))
         out: Tensor = self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 
@@ -133,7 +131,7 @@ def load_pictures(split: str) -> tuple[Tensor, Tensor]:
     paths = sorted(path for path in listed if path.endswith("ubyte.gz") and split in path)
     if len(paths) != 2:
         raise FileNotFoundError(f"The data are missing: apt-get install {PACKAGE}")
-    images, labels = (numpy.frombuffer(gzip.open(path).read(), numpy.uint8) for path in paths)
+    images, labels = (numpy.frombuffer(gzip.decompress(Path(path).read_bytes()), numpy.uint8) for path in paths)
     pixels = torch.from_numpy(images[16:].copy()).view(-1, 1, 28, 28) / 255
     return (pixels - MEAN) / STD, torch.from_numpy(labels[8:].copy()).long()
 

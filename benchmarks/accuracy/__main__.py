@@ -1,4 +1,4 @@
-"""``python benchmarks/accuracy``: the folders beside it are where its own package, the other benchmarks and the examples are."""
+"""``python benchmarks/accuracy``, which finds its own package, the other benchmarks and the examples by their folders."""
 
 import sys
 from pathlib import Path

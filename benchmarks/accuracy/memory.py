@@ -36,10 +36,9 @@ def peak_of_child(method: str, batches: int) -> float:
 
 def calibrate_once() -> None:
     """In the child: MiniLM on random tokens, every batch another; prints the peak."""
+    import fxquant
     from accuracy.minilm_sentences import MiniLM
     from accuracy.suite import prepare
-
-    import fxquant
 
     method, count = sys.argv[1], int(sys.argv[2])
     prepare()

