@@ -109,8 +109,9 @@ def main() -> None:
     if out is not None:
         save(model, out)
         console.print(f"written: {out}")
-    held_out = load_or_exit("t10k")
-    show(model, pictures[-CALIBRATION:], *(each[:SHORT_TEST] if options.short else each for each in held_out), console)
+    count = SHORT_TEST if options.short else None
+    tested, answers = (each[:count] for each in load_or_exit("t10k"))
+    show(model, pictures[-CALIBRATION:], tested, answers, console)
 
 
 def load_or_exit(split: str) -> tuple[Tensor, Tensor]:
@@ -140,8 +141,8 @@ def train(pictures: Tensor, labels: Tensor, steps: int, console: Console, seed: 
     """A model trained for that many steps of AdamW: warm-up, then a cosine, with horizontal flips."""
     torch.manual_seed(seed)
     model = FashionViT()
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+    decayed, others = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=WARM_UP)
     start, seen = time.perf_counter(), batches(pictures, labels, steps)
