@@ -1,6 +1,6 @@
 """Train a small vision transformer on Fashion-MNIST from nothing, then quantize it: ``python examples/train_fashion_vit.py``.
 
-A few minutes on two cores. ``--short`` takes a hundred steps and some seconds, enough to see that it learns. The weights
+A few minutes on two cores. ``--short`` takes sixty steps and some seconds, enough to see that it learns. The weights
 go to ``.cache/`` (``--out``), where ``benchmarks/accuracy`` looks for them. The seed is fixed: the order of the pictures, the
 flips and the first weights are the same every time, the last digits of a weight depend on the threads that sum it.
 
@@ -33,7 +33,7 @@ WEIGHTS = Path(__file__).parents[1] / ".cache" / "fashion_vit.safetensors"
 MEAN, STD = 0.2860, 0.3530  # of all training pictures
 CLASSES = 10
 BATCH = 128
-EPOCHS, SHORT_STEPS, SHORT_TEST = 6, 120, 1000
+EPOCHS, SHORT_STEPS, SHORT_TEST = 6, 60, 1000
 RATE, DECAY, WARM_UP = 1.5e-3, 0.05, 0.1
 CALIBRATION = 512  # training pictures
 

@@ -27,7 +27,7 @@ CHANNELS = (384, 256, 128, 64)  # of the decoder
 
 
 class Decoder(nn.Module):
-    """Tokens of patches [b, 384, h, w] → saliency in 0 .. 1, sixteen times as wide and high, resized to ``size``."""
+    """Tokens of patches [b, 384, h, w] → saliency in 0 .. 1, eight times as wide and high, then resized to ``size``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,9 +75,6 @@ class ViTSmall(Subject):
         Column("probe same", "same answer as float", ".3f"),
     )
     damage = ("heatmap r", "1 - heatmap correlation", lambda value: 1 - value)
-
-    def __init__(self) -> None:
-        self._probe: Any = None
 
     @cached_property
     def _split(self) -> Split:
@@ -131,25 +128,25 @@ class ViTSmall(Subject):
         pieces = [items[i : i + PROBE_BATCH] for i in range(0, len(items) // PROBE_BATCH * PROBE_BATCH, PROBE_BATCH)]
         return torch.cat([call(self._pixels(piece))[0][:, 0] for piece in pieces]).numpy()
 
-    def reference(self, model: nn.Module) -> tuple[Tensor, Tensor, Any]:
-        """Float's tokens, heatmaps and answers of the probe, which is fitted here."""
+    def reference(self, model: nn.Module) -> tuple[Tensor, Tensor, Any, Any]:
+        """Float's tokens and heatmaps, the probe fitted to its features, and the probe's answers."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
         split = self.split()
-        self._probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
         fitted = list(split.fitted)[: len(split.fitted) // PROBE_BATCH * PROBE_BATCH]
-        self._probe.fit(self._features(model, fitted), [int(label) for _, label in fitted])
+        probe.fit(self._features(model, fitted), [int(label) for _, label in fitted])
         tokens = self._tokens(model)
-        return tokens, self._heatmaps(tokens), self._probe.predict(self._features(model, list(split.scored[1:])))
+        return tokens, self._heatmaps(tokens), probe, probe.predict(self._features(model, list(split.scored[1:])))
 
     def score(self, call: Callable[..., Any], reference: Any) -> Scores:
-        exact_tokens, exact, answers = reference
+        exact_tokens, exact, probe, answers = reference
         tokens = self._tokens(call)
         heatmaps = self._heatmaps(tokens)
         scored = list(self.split().scored[1:])
-        found = self._probe.predict(self._features(call, scored))
+        found = probe.predict(self._features(call, scored))
         labels = numpy.array([int(label) for _, label in scored])
         both, either = ((exact > 0.5) & (heatmaps > 0.5)).sum(1), ((exact > 0.5) | (heatmaps > 0.5)).sum(1)
         return {
