@@ -1,4 +1,7 @@
-"""Calibration's peak of resident memory, few batches against many, each in a process of its own."""
+"""Calibration's peak of resident memory, few batches against many, each in a process of its own.
+
+The peak counts from the moment at which the model is loaded: loading has a peak of its own, which differs from run to run.
+"""
 
 import json
 import subprocess
@@ -43,6 +46,7 @@ def calibrate_once() -> None:
     method, count = sys.argv[1], int(sys.argv[2])
     prepare()
     model = MiniLM().load()
+    forget_peak()
     found = fxquant.calibrate(model, random_batches(count), scheme=SCHEME, method=method)
     print(json.dumps({"batches": found.batches, "peak_mib": peak_mib()}))
 
@@ -55,7 +59,12 @@ def random_batches(count: int) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
+def forget_peak() -> None:
+    """Have the peak start anew from what this process holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_mib() -> float:
-    """The most that this process held; getrusage would answer for the program before ``exec`` too."""
+    """The most that this process held since; getrusage would answer for the program before ``exec`` too."""
     fields: dict[str, Any] = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) / 1024
