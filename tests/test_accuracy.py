@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,12 +246,13 @@ def test_heatmaps_equal_those_of_the_onnx_file(accuracy: Namespace) -> None:
     assert torch.allclose(heatmap, torch.from_numpy(expected).flatten(1), atol=1e-4)
 
 
-def test_the_peak_of_memory_rises_with_what_was_held_and_stays_until_it_is_forgotten(accuracy: Namespace) -> None:
-    before = accuracy.memory.peak_mib()
-    held = torch.ones(int(before + 64) * 2**20 // 4)  # more than the process ever held, however little it holds now
-    after = accuracy.memory.peak_mib()
-    assert after >= held.nbytes / 2**20
-    del held
-    assert abs(accuracy.memory.peak_mib() - after) < 2  # the kernel counts pages of each core apart
-    accuracy.memory.forget_peak()
-    assert accuracy.memory.peak_mib() < after - 64
+def test_the_peak_of_memory_is_that_of_its_block(accuracy: Namespace) -> None:
+    with accuracy.memory.Peak() as peak:
+        held = torch.ones(256 * 2**20 // 4)
+        time.sleep(0.1)
+        inside = accuracy.memory.held_mib()
+        del held
+    assert abs(peak.mib - inside) < 8
+    with accuracy.memory.Peak() as later:
+        pass
+    assert later.mib < peak.mib - 200

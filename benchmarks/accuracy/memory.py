@@ -1,14 +1,16 @@
 """Calibration's peak of resident memory, few batches against many, each in a process of its own.
 
-The peak counts from the moment at which the model is loaded: loading has a peak of its own, which differs from run to run.
+Counted is what the process has written itself (RssAnon: tensors, Python objects), looked at every few milliseconds: mapped
+files come and go with what else the machine does. The count begins when the model is loaded, which has a peak of its own.
 """
 
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 FEW, MANY = 16, 1024
 SHAPE = (2, 64)  # rows, tokens of a batch
 SCHEME = "w8a8"
+PERIOD_S = 0.005
 
 
 def report_memory(methods: list[str]) -> None:
@@ -46,9 +49,9 @@ def calibrate_once() -> None:
     method, count = sys.argv[1], int(sys.argv[2])
     prepare()
     model = MiniLM().load()
-    forget_peak()
-    found = fxquant.calibrate(model, random_batches(count), scheme=SCHEME, method=method)
-    print(json.dumps({"batches": found.batches, "peak_mib": peak_mib()}))
+    with Peak() as peak:
+        found = fxquant.calibrate(model, random_batches(count), scheme=SCHEME, method=method)
+    print(json.dumps({"batches": found.batches, "peak_mib": peak.mib}))
 
 
 def random_batches(count: int) -> Iterator[dict[str, Tensor]]:
@@ -59,12 +62,30 @@ def random_batches(count: int) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
-def forget_peak() -> None:
-    """Have the peak start anew from what this process holds now."""
-    Path("/proc/self/clear_refs").write_text("5")
+class Peak:
+    """The most that this process holds while the block runs, in MiB."""
+
+    def __init__(self) -> None:
+        self.mib = held_mib()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.mib = max(self.mib, held_mib())
+            if self._over.wait(PERIOD_S):
+                return
 
 
-def peak_mib() -> float:
-    """The most that this process held since; getrusage would answer for the program before ``exec`` too."""
-    fields: dict[str, Any] = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) / 1024
+def held_mib() -> float:
+    """Resident memory of this process that is no file's."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) / 1024

@@ -49,12 +49,12 @@ def section(subject: Subject, rows: list[Row]) -> str:
 
 
 def grouped(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
-    """Rows that differ in the seed alone, float first, then by scheme (widest first) and method."""
+    """Rows that differ in the seed alone, float first, then by widths of weights and activations, and by method."""
 
-    def place(row: Row) -> tuple[bool, int, str, bool, str]:
+    def place(row: Row) -> tuple[bool, list[int], str, bool, str]:
         cell = row.cell
         digits = [int(part) for part in "".join(c if c.isdigit() else " " for c in cell.scheme).split()]
-        return cell.scheme != FLOAT, -sum(digits[:2]), cell.scheme, cell.method != "dynamic", cell.method
+        return cell.scheme != FLOAT, [-width for width in digits[:2]], cell.scheme, cell.method != "dynamic", cell.method
 
     ordered = sorted(rows, key=place)
     return [(key, list(group)) for key, group in groupby(ordered, key=lambda row: (row.cell.scheme, row.cell.method))]
