@@ -22,11 +22,11 @@ from torch import nn
 import fxquant
 from accuracy.rows import Cell, Row, done, read, write
 from accuracy.subject import Subject, is_weight_only
-from fxquant.calibration.run import METHODS
+from fxquant.calibration.recipes import RECIPES
 
 SCHEMES = ("w8a8", "w6a6", "w4a16-g128", "w8a7", "w4a8", "w4a4")
 DYNAMIC = "dynamic"
-RANGES_ONLY = ("minmax", "percentile")  # methods that find ranges of activations and nothing else
+ACTIVATIONS_ONLY = ("minmax", "percentile", "smoothquant")  # methods that find nothing for a weight alone
 FLOAT = "float32"
 
 
@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str] | None, models: list[str]) -> argparse.Namesp
     parser = argparse.ArgumentParser(prog="python benchmarks/accuracy", description="Scores of quantized models beside float.")
     parser.add_argument("--models", nargs="+", choices=models, default=models, metavar="NAME", help=", ".join(models))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME", help=", ".join(SCHEMES))
-    known = [DYNAMIC, *METHODS]
+    known = [DYNAMIC, *RECIPES]
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="METHOD", help=", ".join(known))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of the draw of calibration data")
     parser.add_argument("--out", type=Path, default=Path("docs/accuracy"))
@@ -84,7 +84,7 @@ def cells(subject: Subject, schemes: Iterable[str], methods: Sequence[str], seed
     yield Cell(subject.name, FLOAT, "", 0)
     for scheme in filter(subject.takes, schemes):
         for method in methods:
-            if not (is_weight_only(scheme) and method in RANGES_ONLY):
+            if not (is_weight_only(scheme) and method in ACTIVATIONS_ONLY):
                 for seed in seeds[:1] if method == DYNAMIC else seeds:
                     yield Cell(subject.name, scheme, method, 0 if method == DYNAMIC else seed)
 
