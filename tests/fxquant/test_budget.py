@@ -1,6 +1,7 @@
 """Budgets: what they measure, how bits are allocated, and that a plan keeps its budget on data it never saw."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from fxquant import Budget, CalibrationError, ConfigError
 from fxquant.calibration.allocation import allocate, curve
 from fxquant.calibration.ranking import looser, outlier_score
 from fxquant.calibration.sensitivity import Probe
+from fxquant.reporting.plots import plot_budget
 
 
 def model_and_batches(count: int = 6) -> tuple[nn.Sequential, list[Tensor]]:
@@ -125,3 +127,13 @@ def test_scores_and_steps_of_the_ranking() -> None:
     assert outlier_score(weight) == pytest.approx(5 / 2)
     assert outlier_score(torch.zeros(2, 2)) == 1
     assert [looser(name) for name in ("w6a6", "w8a8", "w4a16-g64")] == ["w7a7", "float", "w8a8"]
+
+
+def test_the_curve_of_a_plan_can_be_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model, batches = model_and_batches()
+    plan = fxquant.calibrate(model, batches, budget=Budget(cosine=0.999)).plan
+    assert plan is not None
+    for name in ("curve.png", "curve.svg"):
+        plot_budget(plan, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000

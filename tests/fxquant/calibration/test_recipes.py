@@ -25,7 +25,8 @@ def model_and_batches() -> tuple[nn.Sequential, list[Tensor]]:
 
 def compiled(model: Any, calibration: Calibration, x: Tensor) -> Tensor:
     torch._dynamo.reset()
-    fast = torch.compile(model, backend="fxquant", options={"codegen": "ops", "calibration": calibration})
+    options: Any = {"codegen": "ops", "calibration": calibration}
+    fast = torch.compile(model, backend="fxquant", options=options)
     with torch.no_grad():
         out: Tensor = fast(x)
     return out
