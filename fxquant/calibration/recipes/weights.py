@@ -20,7 +20,7 @@ from fxquant.calibration.site import SiteCalibration
 from fxquant.reference import fake_quant_per_token
 
 ALPHA = 0.5  # SmoothQuant, for all but Llama-like models
-ALPHAS = (0.25, 0.5, 0.75)  # that the search tries besides no factor at all
+ALPHAS = (0.3, 0.5, 0.65, 0.8, 0.9)  # that the search tries besides no factor at all
 SWEEP = gptq.Options(act_order=True, static_groups=True, scale_of=mse.choose_scale)
 
 
@@ -60,7 +60,7 @@ def _awq(gathered: Gathered) -> SiteCalibration | None:
 
 
 def _search(gathered: Gathered) -> SiteCalibration | None:
-    """Ours: of no factor and three of SmoothQuant's the one with the least error of the output, then GPTQ."""
+    """Ours: of no factor and five of SmoothQuant's the one with the least error of the output, then GPTQ."""
     if gathered.scheme.is_weight_only:
         return gathered.calibrated(rounding=sweep)
     factors = [torch.ones(gathered.site.shape[1])]
