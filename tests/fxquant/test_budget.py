@@ -1,6 +1,6 @@
 """Budgets: what they measure, how bits are allocated, and that a plan keeps its budget on data it never saw."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,16 @@ def test_an_allocation_never_passes_the_limit_and_the_curve_is_one() -> None:
         points = curve(probes)
         assert points[0].error <= points[-1].error
         assert all(a.us > b.us for a, b in pairwise(points))
+
+
+def test_the_allocation_is_the_optimum_of_brute_force() -> None:
+    torch.manual_seed(0)
+    for _ in range(10):
+        table = torch.rand(5, 4, 2).tolist()
+        probes = {str(i): [Probe(str(i), str(j), *pair) for j, pair in enumerate(row)] for i, row in enumerate(table)}
+        sums = [[sum(part) for part in zip(*chosen, strict=True)] for chosen in product(*table)]
+        limit = min(error for error, _ in sums) + float(torch.rand(()))
+        assert allocate(probes, limit).us == pytest.approx(min(us for error, us in sums if error <= limit))
 
 
 @pytest.mark.parametrize("budget", [Budget(cosine=0.9995), Budget(sqnr_db=33), Budget(kl=1e-4)])
