@@ -1,6 +1,7 @@
 """fxquant.calibrate: data through the recognised float graph, observers at the inputs of linears."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from fxquant.budget import Budget
 from fxquant.calibration.budgeting import CHECKED, PROBED, keep_budget
 from fxquant.calibration.calibration import Calibration
+from fxquant.calibration.checkpoint import Checkpoint
 from fxquant.calibration.observer import MinMaxObserver
 from fxquant.calibration.recipes import Gathered, Recipe, find_recipe
 from fxquant.calibration.recipes.base import OBSERVERS
@@ -28,32 +30,39 @@ def run(
     budget: Budget | None,
     options: object,
     seed: int,
+    checkpoint: Path | None,
     progress: Progress,
 ) -> Calibration:
     """What ``fxquant.calibrate`` returns; memory does not grow with the number of batches."""
     recipe = find_recipe(method)
-    study = Study(model, override_options(options, scheme=scheme, calibration=None))
+    config = override_options(options, scheme=scheme, calibration=None)
+    identity = {"method": method, "options": config.model_dump_json(), "seed": str(seed)}
+    kept_in = None if checkpoint is None else Checkpoint(checkpoint, identity)
+    study = Study(model, config)
     plan = None
     if budget is not None:
         batches, kept = _first(batches, PROBED + CHECKED)
         if kept:
             study(kept[0])
         plan = keep_budget(study, kept, budget, on_probe=lambda done, total: progress("probing sites", done, total))
-    count, gathered = _observe(study, batches, recipe, seed, progress)
+    count, gathered = _observe(study, batches, recipe, seed, kept_in, progress)
     if plan is not None:
         sites = {name: _budgeted(study.sites[name], chosen) for name, chosen in plan.schemes.items()}
     else:
         sites = _code(gathered, recipe, progress)
+    if kept_in is not None:
+        kept_in.remove()
     if not sites:
         raise CalibrationError("no linear that could be quantized ran on these batches")
     return Calibration(method, count, sites, plan)
 
 
 def _observe(
-    study: Study, batches: Iterable[Any], recipe: Recipe, seed: int, progress: Progress
+    study: Study, batches: Iterable[Any], recipe: Recipe, seed: int, checkpoint: Checkpoint | None, progress: Progress
 ) -> tuple[int, dict[str, Gathered]]:
     """Run every batch once, in float; how many there were, and what was seen of each site that has an integer scheme."""
     gathered: dict[str, Gathered] = {}
+    seen, states = checkpoint.load() if checkpoint is not None else (0, {})
 
     def watch(name: str, x: Tensor) -> None:
         if not isinstance(study.sites[name].scheme, Scheme) or not x.numel():
@@ -61,18 +70,34 @@ def _observe(
         if name not in gathered:
             more = {key: OBSERVERS[key](name, seed) for key in recipe.observes}
             gathered[name] = Gathered(study.sites[name], MinMaxObserver(name), more)
-        gathered[name].observe(x)
+            if name in states:
+                gathered[name].restore(states[name])
+        if count >= seen:
+            gathered[name].observe(x)
 
     study.watch = watch
-    count = 0
+    count, last = 0, None
     total = len(batches) if isinstance(batches, Sized) else None
-    for batch in batches:
-        study(batch)
-        count += 1
-        progress("observing batches", count, total)
-    study.watch = None
+    try:
+        for batch in batches:
+            last = batch
+            if count >= seen:
+                study(batch)
+            count += 1
+            progress("observing batches", count, total)
+            if checkpoint is not None and checkpoint.is_due():
+                checkpoint.save(count, {name: each.states() for name, each in gathered.items()})
+    except BaseException:  # Ctrl-C too: what was seen is kept
+        if checkpoint is not None and gathered:
+            checkpoint.save(count, {name: each.states() for name, each in gathered.items()})
+        raise
     if count == 0:
         raise CalibrationError("there is no batch to calibrate on")
+    if not gathered:  # all was seen before a stop: one more run tells the sites, and nothing is observed
+        count, seen = count - 1, count
+        study(last)
+        count += 1
+    study.watch = None
     return count, gathered
 
 

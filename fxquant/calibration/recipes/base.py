@@ -41,6 +41,16 @@ class Gathered:
         for observer in self.observers.values():
             observer.observe(x)
 
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """The state of every observer, by name."""
+        return {"extents": self.extents.state(), **{name: each.state() for name, each in self.observers.items()}}
+
+    def restore(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from states."""
+        self.extents.restore(states.get("extents", {}))
+        for name, each in self.observers.items():
+            each.restore(states[name])
+
     @property
     def scheme(self) -> Scheme:
         """The integer scheme of the site; recipes of linears know no other."""
