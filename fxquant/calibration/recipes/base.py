@@ -24,7 +24,7 @@ OBSERVERS: Mapping[str, Callable[[str, int], Observer]] = {
     "quantiles": lambda site, seed: QuantileSketch(site),
     "rows": lambda site, seed: Reservoir(site, SAMPLED_ROWS, seed),
 }
-INACCURATE = "dynamic: static codes would cost more than 2 dB of noise, as predicted from the calibration's data"
+INACCURATE = "dynamic: static codes would cost more than 0.5 dB of noise, as predicted from the calibration's data"
 
 
 @dataclass(frozen=True)
