@@ -11,7 +11,7 @@ from pydantic_core import core_schema
 
 from fxquant.calibration.files import read, write
 from fxquant.calibration.qparams import StaticQParams
-from fxquant.calibration.site import SiteCalibration
+from fxquant.calibration.site import INACCURATE, SiteCalibration
 from fxquant.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Calibration:
         if isinstance(site.static, StaticQParams) and float(site.static.steps.amin()) < SMALLEST_STEP:
             return "dynamic: the input was zero in all of the calibration's data"
         if not site.is_accurate:
-            return "dynamic: static codes would cost more than 0.5 dB of noise, as predicted from the calibration's data"
+            return INACCURATE
         return site
 
     def scheme_of(self, name: str) -> str | None:

@@ -14,7 +14,6 @@ from fxquant.errors import CalibrationError, FormatError
 
 SCHEMA = "fxquant.calibration"
 VERSION = 2
-_NUMBERS = ("scale", "zero_point", "exponent", "noise", "dynamic_noise")
 
 
 def write(path: str | Path, about: Mapping[str, Any], sites: Mapping[str, SiteCalibration]) -> None:
@@ -56,9 +55,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, SiteCalibration]]:
 
 def _parts(site: SiteCalibration) -> dict[str, Mapping[str, Tensor]]:
     found: dict[str, Mapping[str, Tensor]] = {}
-    if isinstance(site.static, StaticQParams):
-        found["static"] = {"factor": site.static.factor}
-    elif site.static is not None:
+    if site.static is not None:
         found["static"] = site.static.tensors()
     if site.migration is not None:
         found["migration"] = site.migration.tensors()
@@ -70,7 +67,7 @@ def _parts(site: SiteCalibration) -> dict[str, Mapping[str, Tensor]]:
 def _describe(site: SiteCalibration) -> dict[str, Any]:
     about: dict[str, Any] = {"scheme": site.scheme, "shape": list(site.shape), "is_explicit": site.is_explicit}
     if isinstance(site.static, StaticQParams):
-        about["static"] = {name: getattr(site.static, name) for name in _NUMBERS}
+        about["static"] = site.static.about()
     elif site.static is not None:
         about["coding"] = site.static.about()
     if site.codes is not None:
@@ -82,7 +79,7 @@ def _rebuild(values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]
     n, k = values["shape"]
     static: StaticQParams | StaticCoding | None = None
     if "static" in values:
-        static = StaticQParams(parts["static"]["factor"], *(values["static"][name] for name in _NUMBERS))
+        static = StaticQParams(parts["static"]["factor"], **values["static"])
         _check(static.factor, (k,))
     elif "coding" in values:
         static = StaticCoding(Coding.from_json(values["coding"]), parts["static"])

@@ -10,14 +10,15 @@ predicted noise at the linear's output is taken. The predicted noise is that of 
 squared step) for activations and weights.
 """
 
-import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fxquant.calibration.digested import Digested
 from fxquant.reference import SMALLEST
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -38,7 +39,7 @@ class InputStatistics:
 
 
 @dataclass(frozen=True, eq=False)
-class StaticQParams:
+class StaticQParams(Digested):
     """Factor [K], scale and zero point of a linear's input, with the noise that is predicted at the output for these and
     for dynamic quantization per token (mean square, the same unit). Equal where the digest is."""
 
@@ -49,11 +50,13 @@ class StaticQParams:
     noise: float
     dynamic_noise: float
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of everything in it."""
-        values = (self.scale, self.zero_point, self.exponent, self.noise, self.dynamic_noise)
-        return hashlib.sha256(self.factor.contiguous().numpy().tobytes() + repr(values).encode()).hexdigest()
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The factor."""
+        return {"factor": self.factor}
+
+    def about(self) -> dict[str, float]:
+        """The numbers, by name."""
+        return {name: getattr(self, name) for name in ("scale", "zero_point", "exponent", "noise", "dynamic_noise")}
 
     @property
     def noise_db(self) -> float | None:
@@ -69,12 +72,6 @@ class StaticQParams:
     def inputs(self) -> dict[str, Tensor]:
         """What a static linear reads: steps float32 [K] and zero point int32 [1]."""
         return {"steps": self.steps, "zero_point": torch.tensor([self.zero_point], dtype=torch.int32)}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StaticQParams) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
 
 
 def choose_qparams(seen: InputStatistics, weight: Tensor, weight_bits: int, act_bits: int) -> StaticQParams:

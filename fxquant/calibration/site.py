@@ -9,45 +9,19 @@ The parts compose in this order, K input features, N outputs::
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxquant.calibration.digested import Digested
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.coding import Coding
 from fxquant.reference import spread
 
 # A site is coded with static qparams only where that costs at most this much more noise than dynamic ones: 0.5 dB.
 MOST_NOISE = 10**0.05
-
-
-class Digested:
-    """Equal where the digest is: tensors by their bytes, everything else by its text."""
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The tensors of it, by name."""
-        raise NotImplementedError
-
-    def about(self) -> Any:
-        """Everything else, as JSON."""
-        raise NotImplementedError
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of everything in it."""
-        digest = hashlib.sha256(repr(self.about()).encode())
-        for name, tensor in sorted(self.tensors().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and isinstance(other, Digested) and other.digest == self.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
+INACCURATE = "dynamic: static codes would cost more than 0.5 dB of noise, as predicted from the calibration's data"
 
 
 @dataclass(frozen=True, eq=False)

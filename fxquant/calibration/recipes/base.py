@@ -11,7 +11,7 @@ from fxquant.calibration.observer import MinMaxObserver
 from fxquant.calibration.observers import Gram, Moments, Observer, QuantileSketch, Reservoir
 from fxquant.calibration.qparams import StaticQParams, choose_qparams
 from fxquant.calibration.seen import Seen
-from fxquant.calibration.site import Migration, SiteCalibration, WeightCodes, weight_digest
+from fxquant.calibration.site import INACCURATE, Migration, SiteCalibration, WeightCodes, weight_digest
 from fxquant.calibration.study import LinearSite
 from fxquant.granularity import PerChannel
 from fxquant.schemes import Scheme
@@ -24,7 +24,6 @@ OBSERVERS: Mapping[str, Callable[[str, int], Observer]] = {
     "quantiles": lambda site, seed: QuantileSketch(site),
     "rows": lambda site, seed: Reservoir(site, SAMPLED_ROWS, seed),
 }
-INACCURATE = "dynamic: static codes would cost more than 0.5 dB of noise, as predicted from the calibration's data"
 
 
 @dataclass(frozen=True)
