@@ -74,12 +74,6 @@ class Slot:
         parts = [part.inputs for part in (self.static, self.migration) if part is not None]
         return {name: value for part in parts for name, value in part.items()}
 
-    @property
-    def rounded(self) -> Tensor:
-        """The value of a weight that a calibration rounded, float32 [N, K], in the place of the weight times the factor."""
-        assert self.codes is not None
-        return self.codes.value / self.static.steps if isinstance(self.static, StaticQParams) else self.codes.value
-
 
 @dataclass(frozen=True)
 class Program:

@@ -15,7 +15,7 @@ from fxquant.errors import PackError
 from fxquant.format_schemes import FormatScheme
 from fxquant.linear_choice import FLOAT_TOLERANCE, LinearChoice, choose_linear, not_worth_binding
 from fxquant.linear_formats import FLOAT_OPERATOR, PANEL, STATIC, format_of, operator_of
-from fxquant.lowering.pack import Codes, Rounded, pack_codes, round_weight, weight_error
+from fxquant.lowering.pack import Codes, Rounded, check_weight, pack_codes, round_weight, weight_error
 from fxquant.lowering.pack_table import round_to_table
 from fxquant.lowering.timings import Timing
 from fxquant.passes.fuse import FUSIONS
@@ -208,13 +208,9 @@ class Packer:
             return Packed(None if self.dry_run else torch.ops.fxquant.pack_float(weight))
         effective = self._effective(weight)
         try:
-            rounded = round_weight(effective, scheme)
+            rounded = round_weight(effective, scheme) if self.codes is None else self._rounded(weight, effective, self.codes)
         except PackError as problem:
             return Packed(None, reason=str(problem))
-        if self.codes is not None:
-            if weight_digest(weight) != self.codes.source:
-                return Packed(None, reason=ANOTHER_WEIGHT)
-            rounded = Codes(self.codes.codes, self.codes.scale, self.codes.group)
         error = weight_error(effective, rounded)
         if self.guarded and error.worst_db < MIN_WEIGHT_SQNR_DB:
             return Packed(
@@ -230,8 +226,19 @@ class Packer:
         if isinstance(scheme, FormatScheme) and scheme.table_group is not None:
             return round_to_table(weight, scheme.weight).pack()
         packed = pack_codes(rounded, scheme)
-        unscaled = format_of(scheme) is None and isinstance(self.static, StaticQParams)
-        return packed / self.static.steps if unscaled and isinstance(self.static, StaticQParams) else packed
+        is_value = format_of(scheme) is None  # of the weight times the steps: without a kernel nothing divides by them
+        return packed / self.static.steps if is_value and isinstance(self.static, StaticQParams) else packed
+
+    def _rounded(self, weight: Tensor, effective: Tensor, codes: WeightCodes) -> Codes:
+        """What a calibration made of this very weight.
+
+        Raises:
+            PackError: the weight cannot be packed, or is another one.
+        """
+        check_weight(effective)
+        if weight_digest(weight) != codes.source:
+            raise PackError(ANOTHER_WEIGHT)
+        return Codes(codes.codes, codes.scale, codes.group)
 
     def _effective(self, weight: Tensor) -> Tensor:
         if self.migration is not None and self.migration.factor is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fxquant.errors import PackError
 from fxquant.format_schemes import FormatScheme
 from fxquant.linear_formats import format_of
-from fxquant.reference import MAX_K, quantize_weight, quantize_weight_groups, spread
+from fxquant.reference import MAX_K, dequantize_weight, quantize_weight, quantize_weight_groups
 from fxquant.schemes import LinearScheme, Scheme
 
 
@@ -37,14 +37,9 @@ class Codes:
     group: int = 0
 
     @property
-    def factors(self) -> Tensor:
-        """The scale of every code, in a shape that broadcasts to [N, K]."""
-        return spread(self.scale, self.codes.shape[1], self.group) if self.group else self.scale[:, None]
-
-    @property
     def value(self) -> Tensor:
         """The weight that the codes stand for, float32 [N, K]."""
-        return self.codes.to(torch.float32) * self.factors
+        return dequantize_weight(self.codes, self.scale, self.group)
 
 
 def round_weight(weight: Tensor, scheme: LinearScheme) -> Codes | Rounded:

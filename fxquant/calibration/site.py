@@ -17,7 +17,7 @@ from torch import Tensor
 from fxquant.calibration.digested import Digested
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.coding import Coding
-from fxquant.reference import spread
+from fxquant.reference import dequantize_weight
 
 # A site is coded with static qparams only where that costs at most this much more noise than dynamic ones: 0.5 dB.
 MOST_NOISE = 10**0.05
@@ -93,7 +93,7 @@ class WeightCodes(Digested):
     @property
     def value(self) -> Tensor:
         """The weight that the codes stand for, float32 [N, K]."""
-        return self.codes.to(torch.float32) * spread(self.scale, self.codes.shape[1], self.group)
+        return dequantize_weight(self.codes, self.scale, self.group)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fxquant.reference.linear import (
     quantize_weight,
 )
 from fxquant.reference.stream import (
+    dequantize_weight,
     fake_quant_per_group,
     float_tolerance,
     group_sums,
@@ -28,6 +29,7 @@ from fxquant.reference.stream import (
 __all__ = [
     "MAX_K",
     "SMALLEST",
+    "dequantize_weight",
     "fake_quant_per_channel",
     "fake_quant_per_group",
     "fake_quant_per_token",

@@ -42,10 +42,16 @@ def spread(scale: Tensor, k: int, group: int) -> Tensor:
     return scale.view(scale.shape[0], -1).repeat_interleave(group or k, 1)[:, :k]
 
 
+def dequantize_weight(codes: Tensor, scale: Tensor, group: int) -> Tensor:
+    """The weight that codes int8 [N, K] stand for, float32, with scale [N], or [N, G] for groups."""
+    one_a_row = scale.numel() == codes.shape[0]
+    return codes.to(torch.float32) * (scale.view(-1, 1) if one_a_row else spread(scale, codes.shape[1], group))
+
+
 def fake_quant_per_group(weight: Tensor, bits: int, group: int) -> Tensor:
     """weight [N, K] quantized and dequantized per output channel and group; the dtype stays."""
     codes, scale = quantize_weight_groups(weight, bits, group)
-    return (codes.to(torch.float32) * spread(scale, weight.shape[1], group)).to(weight.dtype)
+    return dequantize_weight(codes, scale, group).to(weight.dtype)
 
 
 def group_sums(codes: Tensor, zero_point: Tensor, weight_codes: Tensor, group: int) -> Tensor:

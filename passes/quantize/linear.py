@@ -90,7 +90,8 @@ def quantize_linear(node: fx.Node, slot: Slot, inputs: Inputs, fake_mode: FakeTe
         else:
             x, weight = _fake_quant(x, weight, scheme, node, fake_mode)
         if slot.codes is not None:
-            weight = add_input(node.graph, f"rounded_{node.name}", slot.rounded, fake_mode)
+            shape_only = torch.empty(1).expand(slot.codes.codes.shape)  # fuse puts the packed weight in its place
+            weight = add_input(node.graph, f"rounded_{node.name}", shape_only, fake_mode)
             weight.meta["fxquant_rounded"] = True
         linear = _call(aten.linear.default, (x, weight, bias), node, fake_mode)
         if "shift" in inputs:

@@ -13,11 +13,10 @@ from fxquant.calibration.migration import awq as awq_migration
 from fxquant.calibration.migration import smoothquant
 from fxquant.calibration.recipes.base import Gathered, Recipe, static_or_dynamic
 from fxquant.calibration.rounding import awq, gptq, mse
-from fxquant.calibration.rounding.grid import decode
 from fxquant.calibration.rounding.nearest import round_weight as nearest
 from fxquant.calibration.seen import Seen
 from fxquant.calibration.site import SiteCalibration
-from fxquant.reference import fake_quant_per_token
+from fxquant.reference import dequantize_weight, fake_quant_per_token
 
 ALPHA = 0.5  # SmoothQuant, for all but Llama-like models
 ALPHAS = (0.3, 0.5, 0.65, 0.8, 0.9)  # that the search tries besides no factor at all
@@ -45,7 +44,7 @@ def _smoothquant_plus(gathered: Gathered) -> SiteCalibration | None:
 
     def error(alpha: float) -> float:
         factor = smoothquant.factor(gathered.seen, [gathered.weight], alpha)
-        value = decode(*nearest(gathered.weight * factor, bits, group), group) / factor
+        value = dequantize_weight(*nearest(gathered.weight * factor, bits, group), group) / factor
         return _output_error(gathered, gathered.rows, value)
 
     alpha = min((i / 20 for i in range(21)), key=error)
@@ -54,7 +53,7 @@ def _smoothquant_plus(gathered: Gathered) -> SiteCalibration | None:
 
 def _awq(gathered: Gathered) -> SiteCalibration | None:
     bits, group = gathered.scheme.weight_bits, gathered.scheme.group
-    value = lambda weight: decode(*nearest(weight, bits, group), group)  # noqa: E731 - one expression, used once
+    value = lambda weight: dequantize_weight(*nearest(weight, bits, group), group)  # noqa: E731 - one expression, used once
     factor = awq_migration.factor(gathered.seen, [gathered.weight], value)
     return gathered.calibrated(factor=factor, rounding=awq.round_weight)
 
@@ -72,7 +71,7 @@ def _search(gathered: Gathered) -> SiteCalibration | None:
 def _coded_error(gathered: Gathered, factor: Tensor) -> float:
     """Of the output, with the input and the nearest weight coded after a factor was moved."""
     coded = fake_quant_per_token(gathered.rows / factor, gathered.scheme.act_bits) * factor
-    value = decode(*nearest(gathered.weight * factor, gathered.scheme.weight_bits), 0) / factor
+    value = dequantize_weight(*nearest(gathered.weight * factor, gathered.scheme.weight_bits), 0) / factor
     return _output_error(gathered, coded, value)
 
 

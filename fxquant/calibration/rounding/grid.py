@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError
-from fxquant.reference import SMALLEST, spread
+from fxquant.reference import SMALLEST, dequantize_weight, spread
 
 
 def largest_code(bits: int) -> int:
@@ -53,11 +53,6 @@ def encode(weight: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:
     return torch.round(steps).clamp(-qmax, qmax).to(torch.int8)
 
 
-def decode(codes: Tensor, scale: Tensor, group: int) -> Tensor:
-    """ŵ float32 [N, K]."""
-    return codes.to(torch.float32) * spread(scale, codes.shape[1], group)
-
-
 def row_errors(weight: Tensor, rounded: Tensor, hessian: Tensor, cross: Tensor | None = None) -> Tensor:
     """½ ΔW H ΔWᵀ of every row, float64 [N]: the mean over tokens of the squared output error, with ΔW = W - Ŵ.
 
@@ -79,6 +74,7 @@ def keep_better(
     weight: Tensor, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor], group: int, hessian: Tensor, cross: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Row by row the codes and scales with the lower output error; ``old`` on a tie."""
-    better = row_errors(weight, decode(*new, group), hessian, cross) < row_errors(weight, decode(*old, group), hessian, cross)
+    error, before = (row_errors(weight, dequantize_weight(*pair, group), hessian, cross) for pair in (new, old))
+    better = error < before
     shape = better.view(-1, *[1] * (new[1].dim() - 1))
     return torch.where(better[:, None], new[0], old[0]), torch.where(shape, new[1], old[1])

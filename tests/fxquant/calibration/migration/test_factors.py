@@ -10,11 +10,11 @@ from torch.nn.functional import layer_norm
 from fxquant.calibration.migration import awq, fireq, power, smoothquant, smoothquant_plus
 from fxquant.calibration.migration import factor as factors
 from fxquant.calibration.rounding import nearest
-from fxquant.calibration.rounding.grid import decode
 from fxquant.calibration.seen import Seen, see
 from fxquant.errors import CalibrationError
 from fxquant.formats import Uniform
 from fxquant.granularity import PerGroup
+from fxquant.reference import dequantize_weight
 
 X = torch.tensor([[1, -16, 2, 0.5], [-4, 9, -1, -1]])
 W = torch.tensor([[1, -2, 0.5], [1, 0.5, -1], [2, -1, 0], [-4, 1, 2]]).T
@@ -117,7 +117,7 @@ def test_awq_takes_the_callers_loss_and_duo_scales() -> None:
 
 FACTORS: dict[str, Callable[[Seen, list[Tensor]], Tensor]] = {
     "smoothquant": smoothquant.factor,
-    "awq": lambda seen, weights: awq.factor(seen, weights, lambda w: decode(*nearest.round_weight(w, 4, 16), 16)),
+    "awq": lambda seen, weights: awq.factor(seen, weights, lambda w: dequantize_weight(*nearest.round_weight(w, 4, 16), 16)),
     "duo": lambda seen, weights: awq.candidate(seen, weights, 0.5, 16),
     "power": lambda seen, weights: power.power(seen),
     "logarithmic": lambda seen, weights: power.logarithmic(seen),

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.rounding import adaround, gptq, nearest, tuned
-from fxquant.calibration.rounding.grid import decode, encode, row_errors
+from fxquant.calibration.rounding.grid import encode, row_errors
 from fxquant.calibration.seen import Seen, see
 from fxquant.errors import CalibrationError
+from fxquant.reference import dequantize_weight
 
 QUICK = adaround.Options(iterations=600)
 
@@ -51,10 +52,10 @@ def test_learned_codes_are_neighbours_and_better_than_nearest_ones(group: int) -
     codes, scale = adaround.round_weight(weight, 3, group, seen, QUICK)
     near, steps = nearest.round_weight(weight, 3, group)
     assert torch.equal(scale, steps)
-    learned, plain = (row_errors(weight, decode(each, scale, group), hessian) for each in (codes, near))
+    learned, plain = (row_errors(weight, dequantize_weight(each, scale, group), hessian) for each in (codes, near))
     assert (learned <= plain).all()
     assert learned.sum() < 0.85 * plain.sum()
-    assert (decode(codes, scale, group) - weight).abs().amax() < scale.amax() * 1.001
+    assert (dequantize_weight(codes, scale, group) - weight).abs().amax() < scale.amax() * 1.001
     assert torch.equal(codes, adaround.round_weight(weight, 3, group, seen, QUICK)[0])
 
 
@@ -64,7 +65,7 @@ def test_the_goal_can_be_the_float_models_output() -> None:
     goal = rows @ weight.T
 
     def loss(seen: Seen) -> float:
-        return float((noisy @ decode(*adaround.round_weight(weight, 3, 0, seen, QUICK), 0).T - goal).square().sum())
+        return float((noisy @ dequantize_weight(*adaround.round_weight(weight, 3, 0, seen, QUICK), 0).T - goal).square().sum())
 
     assert loss(see(noisy, rows)) < loss(see(noisy))
 
@@ -100,7 +101,7 @@ def test_a_tuned_weight_is_better_than_the_nearest_and_keeps_its_scale() -> None
     codes, scale = tuned.round_weight(weight, 3, 0, seen, options)
     near, steps = nearest.round_weight(weight, 3)
     assert torch.equal(scale, steps)
-    learned, plain = (row_errors(weight, decode(each, scale, 0), hessian) for each in (codes, near))
+    learned, plain = (row_errors(weight, dequantize_weight(each, scale, 0), hessian) for each in (codes, near))
     assert (learned <= plain).all()
     assert learned.sum() < 0.95 * plain.sum()
     assert told == [0, 100, 200]
@@ -118,7 +119,7 @@ def test_learning_can_start_from_the_scales_of_another_method() -> None:
     options = adaround.Options(iterations=600, scale_of=scale_of)
     codes, scale = adaround.round_weight(weight, 3, 0, seen, options)
     assert torch.equal(scale, expected)
-    plain = decode(encode(weight, expected, 3, 0), expected, 0)
-    assert row_errors(weight, decode(codes, scale, 0), hessian).sum() < row_errors(weight, plain, hessian).sum()
+    plain = dequantize_weight(encode(weight, expected, 3, 0), expected, 0)
+    assert row_errors(weight, dequantize_weight(codes, scale, 0), hessian).sum() < row_errors(weight, plain, hessian).sum()
     by_columns = gptq.round_weight(weight, 3, 0, seen, gptq.Options(scale_of=scale_of))
     assert torch.equal(by_columns[1], expected)

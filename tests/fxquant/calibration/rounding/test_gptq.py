@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.rounding import awq, gptaq, gptq, hessian_weighted, mse, nearest
-from fxquant.calibration.rounding.grid import absmax_scale, decode, encode, row_errors
+from fxquant.calibration.rounding.grid import absmax_scale, encode, row_errors
 from fxquant.calibration.seen import Seen, see
 from fxquant.errors import CalibrationError
+from fxquant.reference import dequantize_weight
 
 W = torch.tensor([[0.9, -1.4, 0.6], [0.3, 0.8, -1.1]])
 X = torch.tensor([[2.0, 1, 0], [0, 1, 1], [1, 0, 2], [1, 1, 1]])
@@ -46,7 +47,7 @@ def test_the_worked_example_of_gptq_is_the_optimum_of_brute_force() -> None:
     hessian = seen.need("hessian", "test")
     codes, scale = gptq.round_weight(W, 3, 0, seen, gptq.Options(scale_of=halves))
     assert (codes * 0.5).tolist() == [[1, -1.5, 0.5], [0.5, 0.5, -1]]
-    squares = 4 * row_errors(W, decode(codes, scale, 0), hessian)
+    squares = 4 * row_errors(W, dequantize_weight(codes, scale, 0), hessian)
     assert float(squares.sum()) == pytest.approx(0.28)
     assert float(4 * row_errors(W, encode(W, scale, 3, 0) * 0.5, hessian).sum()) == pytest.approx(0.93)
     every = torch.tensor(list(itertools.product(range(-3, 4), repeat=3))) * 0.5
@@ -72,8 +73,8 @@ def test_gptq_is_never_worse_than_nearest(bits: int, group: int, options: gptq.O
         weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(seed))
         hessian = seen.need("hessian", "test")
         codes, scale = gptq.round_weight(weight, bits, group, seen, options)
-        errors = row_errors(weight, decode(codes, scale, group), hessian)
-        plain = row_errors(weight, decode(*nearest.round_weight(weight, bits, group), group), hessian)
+        errors = row_errors(weight, dequantize_weight(codes, scale, group), hessian)
+        plain = row_errors(weight, dequantize_weight(*nearest.round_weight(weight, bits, group), group), hessian)
         assert (errors <= plain).all()
         assert errors.sum() < (1.0 if bits == 2 else 0.8) * plain.sum()
         assert int(codes.abs().amax()) <= 2 ** (bits - 1) - 1
@@ -115,7 +116,10 @@ def test_fewer_rows_than_features_are_enough() -> None:
     codes, scale = gptq.round_weight(weight, 4, 0, seen)
     plain = nearest.round_weight(weight, 4)
     hessian = seen.need("hessian", "test")
-    assert row_errors(weight, decode(codes, scale, 0), hessian).sum() < row_errors(weight, decode(*plain, 0), hessian).sum()
+    assert (
+        row_errors(weight, dequantize_weight(codes, scale, 0), hessian).sum()
+        < row_errors(weight, dequantize_weight(*plain, 0), hessian).sum()
+    )
 
 
 def test_the_damping_is_raised_where_the_factor_does_not_exist() -> None:
@@ -152,9 +156,9 @@ def relative_losses(strengths: tuple[float, ...]) -> dict[float, list[float]]:
         weight, rows = (torch.randn(n, 32, generator=generator) for n in (16, 256))
         noisy = rows + 0.3 * rows.std() * torch.randn(256, 32, generator=generator)
         seen = see(noisy, rows)
-        base = full_loss(weight, decode(*gptq.round_weight(weight, 4, 0, seen, options), 0), noisy, rows)
+        base = full_loss(weight, dequantize_weight(*gptq.round_weight(weight, 4, 0, seen, options), 0), noisy, rows)
         for strength in strengths:
-            rounded = decode(*gptaq.round_weight(weight, 4, 0, seen, options, strength), 0)
+            rounded = dequantize_weight(*gptaq.round_weight(weight, 4, 0, seen, options, strength), 0)
             found[strength].append(full_loss(weight, rounded, noisy, rows) / base)
     return found
 
@@ -189,5 +193,5 @@ def test_scales_can_be_those_of_another_method(name: str, group: int) -> None:
     assert torch.equal(scale, scale_of(weight, 3, group))
     hessian = seen.need("hessian", "test")
     plain = encode(weight, scale, 3, group)
-    errors = (row_errors(weight, decode(each, scale, group), hessian).sum() for each in (codes, plain))
+    errors = (row_errors(weight, dequantize_weight(each, scale, group), hessian).sum() for each in (codes, plain))
     assert next(errors) < next(errors)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.rounding import awq, flexq, hessian_weighted, mse, nearest
-from fxquant.calibration.rounding.grid import decode, output_sqnr, row_errors
+from fxquant.calibration.rounding.grid import output_sqnr, row_errors
 from fxquant.calibration.seen import Seen, see
 from fxquant.errors import CalibrationError
-from fxquant.reference import linear_dynamic, linear_groups, quantize_weight, quantize_weight_groups
+from fxquant.reference import dequantize_weight, linear_dynamic, linear_groups, quantize_weight, quantize_weight_groups
 
 GAUSSIAN_SQNR = {2: 2.3, 3: 11.2, 4: 18.6, 5: 25.2, 6: 31.5, 8: 43.7}  # dB, symmetric, groups of 128
 
@@ -43,7 +43,7 @@ def test_nearest_codes_are_those_of_the_reference(bits: int) -> None:
 @pytest.mark.parametrize(("bits", "expected"), GAUSSIAN_SQNR.items())
 def test_the_noise_of_nearest_codes_of_a_gaussian(bits: int, expected: float) -> None:
     weight = torch.randn(128, 1024, generator=torch.Generator().manual_seed(0))
-    rounded = decode(*nearest.round_weight(weight, bits, 128), 128)
+    rounded = dequantize_weight(*nearest.round_weight(weight, bits, 128), 128)
     sqnr = 10 * torch.log10(weight.square().sum() / (weight - rounded).square().sum())
     assert float(sqnr) == pytest.approx(expected, abs=0.3)
 
@@ -54,12 +54,12 @@ def test_every_search_is_at_least_as_good_as_nearest_in_its_own_metric(bits: int
     weight, seen = weights(), see(inputs())
     hessian = seen.need("hessian", "test")
     diagonal = torch.diag(hessian.diagonal())
-    plain = decode(*nearest.round_weight(weight, bits, group), group)
-    by_mse = decode(*mse.round_weight(weight, bits, group), group)
+    plain = dequantize_weight(*nearest.round_weight(weight, bits, group), group)
+    by_mse = dequantize_weight(*mse.round_weight(weight, bits, group), group)
     assert ((weight - by_mse).square().sum(1) <= (weight - plain).square().sum(1) * (1 + 1e-6)).all()
-    weighted = decode(*hessian_weighted.round_weight(weight, bits, group, seen), group)
+    weighted = dequantize_weight(*hessian_weighted.round_weight(weight, bits, group, seen), group)
     assert (row_errors(weight, weighted, diagonal) <= row_errors(weight, plain, diagonal) * (1 + 1e-5)).all()
-    clipped = decode(*awq.round_weight(weight, bits, group, seen), group)
+    clipped = dequantize_weight(*awq.round_weight(weight, bits, group, seen), group)
     blocks = block_diagonal(hessian, group)
     assert (row_errors(weight, clipped, blocks) <= row_errors(weight, plain, blocks) * (1 + 1e-5)).all()
 
@@ -73,9 +73,9 @@ def block_diagonal(hessian: Tensor, group: int) -> Tensor:
 def test_clipping_pays_at_few_bits() -> None:
     weight, seen = weights(), see(inputs())
     hessian = seen.need("hessian", "test")
-    plain = output_sqnr(weight, decode(*nearest.round_weight(weight, 3, 0), 0), hessian)
-    assert output_sqnr(weight, decode(*awq.round_weight(weight, 3, 0, seen), 0), hessian) > plain + 1
-    assert output_sqnr(weight, decode(*hessian_weighted.round_weight(weight, 3, 0, seen), 0), hessian) > plain + 1
+    plain = output_sqnr(weight, dequantize_weight(*nearest.round_weight(weight, 3, 0), 0), hessian)
+    assert output_sqnr(weight, dequantize_weight(*awq.round_weight(weight, 3, 0, seen), 0), hessian) > plain + 1
+    assert output_sqnr(weight, dequantize_weight(*hessian_weighted.round_weight(weight, 3, 0, seen), 0), hessian) > plain + 1
 
 
 def test_mean_squares_stand_in_for_the_hessians_diagonal() -> None:
@@ -91,7 +91,7 @@ def test_mean_squares_stand_in_for_the_hessians_diagonal() -> None:
 
 def test_the_error_of_rows_is_that_of_outputs() -> None:
     weight, rows = weights(), inputs()
-    rounded = decode(*nearest.round_weight(weight, 4), 0)
+    rounded = dequantize_weight(*nearest.round_weight(weight, 4), 0)
     outputs = ((weight - rounded).to(torch.float64) @ rows.to(torch.float64).T).square().mean(1)
     torch.testing.assert_close(row_errors(weight, rounded, see(rows).need("hessian", "test")), outputs, rtol=1e-9, atol=0)
 
@@ -101,7 +101,7 @@ def test_the_integer_linear_runs_the_codes_of_any_scale() -> None:
     for group in (0, 32):
         codes, scale = mse.round_weight(weight, 4, group)
         y = linear_groups(x, codes, scale, None, group) if group else linear_dynamic(x, codes, scale, None, 8)
-        exact = x @ decode(codes, scale, group).T
+        exact = x @ dequantize_weight(codes, scale, group).T
         assert float((y - exact).square().mean() / exact.square().mean()) < 1e-3
 
 
