@@ -31,7 +31,12 @@ class _Point:
 
 def allocate(probes: Mapping[str, Sequence[Probe]], limit: float) -> Allocation:
     """The fastest allocation whose errors add up to at most ``limit``; every site needs one without error."""
-    return [point for point in curve(probes) if point.error <= limit][-1]
+    return within(curve(probes), limit)
+
+
+def within(front: Sequence[Allocation], limit: float) -> Allocation:
+    """The fastest on a curve whose error is at most ``limit``."""
+    return [point for point in front if point.error <= limit][-1]
 
 
 def curve(probes: Mapping[str, Sequence[Probe]]) -> list[Allocation]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxquant.budget import Budget
-from fxquant.calibration.allocation import Allocation, allocate, curve
+from fxquant.calibration.allocation import Allocation, curve, within
 from fxquant.calibration.sensitivity import Probe, measure, specification
 from fxquant.calibration.study import Linear, Study
 from fxquant.errors import CalibrationError
@@ -60,18 +60,19 @@ def keep_budget(
     probed, checked = split(batches)
     probes = measure(study, probed, schemes, budget.error, on_probe)
     wanted = [study(batch) for batch in checked]
+    front = curve(probes)
     limit, known = budget.limit * MARGIN, {str(scheme): scheme for scheme in schemes}
     for _ in range(ATTEMPTS):
-        found = allocate(probes, limit)
+        found = within(front, limit)
         error = _measured(study, checked, wanted, budget, _overrides(study, found.schemes, known))
         if error <= budget.limit:
             break
         limit *= TIGHTER
     else:
-        found, error = allocate(probes, 0.0), 0.0
+        found, error = within(front, 0.0), 0.0
     float_us = sum(probe.us for options in probes.values() for probe in options if probe.scheme == "float")
     kept = {name: tuple(options) for name, options in probes.items()}
-    return BudgetedPlan(found.schemes, error, found.us, float_us, tuple(curve(probes)), kept)
+    return BudgetedPlan(found.schemes, error, found.us, float_us, tuple(front), kept)
 
 
 def _measured(

@@ -1,6 +1,7 @@
 """fxquant.calibrate: data through the recognised float graph, observers at the inputs of linears."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,6 @@ def run(
     plan = None
     if budget is not None:
         batches, kept = _first(batches, PROBED + CHECKED)
-        if kept:
-            study(kept[0])
         plan = keep_budget(study, kept, budget, on_probe=lambda done, total: progress("probing sites", done, total))
     count, gathered = _observe(study, batches, recipe, seed, kept_in, progress)
     if plan is not None:
@@ -117,13 +116,8 @@ def _first(batches: Iterable[Any], most: int) -> tuple[Iterable[Any], list[Any]]
     if isinstance(batches, (list, tuple)):
         return batches, list(batches[:most])
     stream = iter(batches)
-    kept = [batch for _, batch in zip(range(most), stream, strict=False)]
-
-    def again() -> Iterator[Any]:
-        yield from kept
-        yield from stream
-
-    return again(), kept
+    kept = list(islice(stream, most))
+    return chain(kept, stream), kept
 
 
 def _budgeted(site: LinearSite, scheme: str) -> SiteCalibration:

@@ -16,6 +16,7 @@ round to 0 (k ≥ b) is coded 2^-k, the top of the small range.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,17 +31,18 @@ RATIOS = range(-5, 25)  # candidates of m
 
 
 @dataclass(frozen=True)
-class TwinSoftmax(Format):
-    """Twin uniform codes of 0 .. 1; qparams: split k, a whole number. The code is ``range h + magnitude``."""
+class _TwinUniform(Format):
+    """Two ranges that share the codes; ``kind`` is the first part of the name."""
 
     width: int
+    kind: ClassVar[str]
 
     def __post_init__(self) -> None:
         check_width("twin uniform", self.width, 8)
 
     @property
     def name(self) -> str:
-        return f"twin-softmax-{self.width}"
+        return f"{self.kind}-{self.width}"
 
     @property
     def bits(self) -> int:
@@ -50,6 +52,13 @@ class TwinSoftmax(Format):
     def half(self) -> int:
         """h: the codes of one range."""
         return 1 << (self.width - 1)
+
+
+@dataclass(frozen=True)
+class TwinSoftmax(_TwinUniform):
+    """Twin uniform codes of 0 .. 1; qparams: split k, a whole number. The code is ``range h + magnitude``."""
+
+    kind: ClassVar[str] = "twin-softmax"
 
     def fit(self, blocks: Tensor) -> QParams:
         """k = b - 1, the last split without a gap between the ranges: this project's choice, the method searches ``SPLITS``."""
@@ -70,29 +79,13 @@ class TwinSoftmax(Format):
 
 
 @dataclass(frozen=True)
-class TwinGelu(Format):
+class TwinGelu(_TwinUniform):
     """Twin uniform codes of GELU outputs; qparams: ratio m, a whole number.
 
     Codes 0 .. h - 1 are positive magnitudes, h .. 2 h - 1 the negative magnitudes 1 .. h, stored less one.
     """
 
-    width: int
-
-    def __post_init__(self) -> None:
-        check_width("twin uniform", self.width, 8)
-
-    @property
-    def name(self) -> str:
-        return f"twin-gelu-{self.width}"
-
-    @property
-    def bits(self) -> int:
-        return self.width
-
-    @property
-    def half(self) -> int:
-        """h: the codes of one range."""
-        return 1 << (self.width - 1)
+    kind: ClassVar[str] = "twin-gelu"
 
     @property
     def step(self) -> float:

@@ -88,7 +88,7 @@ def capture_call(function: Callable[..., Any], *args: Any) -> Captured:
         held.append((captured.gm, tuple(inputs), tuple(recognise(captured.gm))))
         return gm.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.no_grad():
         wanted = function(*args)
         torch.compile(function, backend=backend, fullgraph=True)(*args)

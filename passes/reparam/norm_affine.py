@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fxquant.passes.match import Match
-from fxquant.passes.reparam.legality import FROZEN, FULL, UNTIED
-from fxquant.passes.reparam.norms import MATRIX, SHAPES, SPELLINGS, legal
+from fxquant.passes.reparam.norms import NEAR_MISSES, SHAPES, SPELLINGS, WEIGHTS, legal
 from fxquant.passes.rule import ALGEBRA, REAL, Rule, Samples, Sizes
 
 pattern, root_mean_square = SPELLINGS
@@ -41,14 +40,11 @@ RULE = Rule(
     proof=ALGEBRA,
     near_misses={
         _AFFINE: {"gamma": None},
-        FROZEN: {"weight": "k n"},
-        MATRIX: {"x": "b m n", "size": [5, 5], "gamma": "frozen m n", "beta": "frozen m n"},
-        FULL: {"x": torch.bfloat16, "gamma": torch.bfloat16},
-        UNTIED: {"weight": "tied"},
+        **NEAR_MISSES,
     },
     spellings=(root_mean_square,),
     samples=Samples({"size": Sizes("n"), "eps": 1e-5}),
-    frozen=("gamma", "beta", "weight", "bias"),
+    frozen=WEIGHTS,
     reweights=True,
     joint=True,
     module=__name__,

@@ -6,6 +6,7 @@ A norm is LayerNorm or RMSNorm over the last dimension. A norm without γ gets o
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.nn.functional import layer_norm, linear, rms_norm
 
 from fxquant.passes.match import Match
@@ -14,6 +15,13 @@ from fxquant.passes.reparam.legality import FROZEN, FULL, UNTIED, are_frozen, ar
 MATRIX = "the norm must span exactly the features that the linear reads"
 SHAPES = {"x": "b n", "gamma": "n", "beta": "n", "weight": "k n", "bias": "k"}
 WEIGHTS = ("gamma", "beta", "weight", "bias")
+
+NEAR_MISSES: dict[str, dict[str, Any]] = {  # of ``legal``
+    FROZEN: {"weight": "k n"},
+    MATRIX: {"x": "b m n", "size": [5, 5], "gamma": "frozen m n", "beta": "frozen m n"},
+    FULL: {"x": torch.bfloat16, "gamma": torch.bfloat16},
+    UNTIED: {"weight": "tied"},
+}
 
 
 def after_layer_norm(x: Any, size: Any, gamma: Any, beta: Any, eps: Any, weight: Any, bias: Any) -> Any:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fxquant.passes.match import Match
-from fxquant.passes.reparam.legality import FROZEN, FULL, POSITIVE, UNTIED, VECTOR, WHOLE, are_positive, are_whole, has_size
-from fxquant.passes.reparam.norms import MATRIX, SHAPES, SPELLINGS, legal
+from fxquant.passes.reparam.legality import POSITIVE, VECTOR, WHOLE, are_positive, are_whole, has_size
+from fxquant.passes.reparam.norms import NEAR_MISSES, SHAPES, SPELLINGS, WEIGHTS, legal
 from fxquant.passes.rule import ALGEBRA, REAL, Rule, Samples, Sizes
 
 pattern = SPELLINGS[0]  # RMSNorm has no β to take up a zero point
@@ -60,10 +60,7 @@ RULE = Rule(
     error_class=REAL,
     proof=ALGEBRA,
     near_misses={
-        FROZEN: {"weight": "k n"},
-        MATRIX: {"x": "b m n", "size": [5, 5], "gamma": "frozen m n", "beta": "frozen m n"},
-        FULL: {"x": torch.bfloat16, "gamma": torch.bfloat16},
-        UNTIED: {"weight": "tied"},
+        **NEAR_MISSES,
         VECTOR: {"scale": "k"},
         _SCALARS: {"tensor_scale": "n"},
         POSITIVE: {"scale": torch.zeros(5)},
@@ -79,7 +76,7 @@ RULE = Rule(
             "tensor_zero_point": "integer",
         }
     ),
-    frozen=("gamma", "beta", "weight", "bias"),
+    frozen=WEIGHTS,
     reweights=True,
     joint=True,
     vectors=("scale", "zero_point", "tensor_scale", "tensor_zero_point"),

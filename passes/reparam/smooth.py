@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fxquant.passes.match import Match
-from fxquant.passes.reparam.legality import FROZEN, FULL, POSITIVE, UNTIED, VECTOR, are_positive, has_size
-from fxquant.passes.reparam.norms import MATRIX, SHAPES, SPELLINGS, legal
+from fxquant.passes.reparam.legality import POSITIVE, VECTOR, are_positive, has_size
+from fxquant.passes.reparam.norms import NEAR_MISSES, SHAPES, SPELLINGS, WEIGHTS, legal
 from fxquant.passes.rule import ALGEBRA, REAL, Rule, Samples, Sizes
 
 pattern, root_mean_square = SPELLINGS
@@ -37,16 +37,13 @@ RULE = Rule(
     error_class=REAL,
     proof=ALGEBRA,
     near_misses={
-        FROZEN: {"weight": "k n"},
-        MATRIX: {"x": "b m n", "size": [5, 5], "gamma": "frozen m n", "beta": "frozen m n"},
-        FULL: {"x": torch.bfloat16, "gamma": torch.bfloat16},
-        UNTIED: {"weight": "tied"},
+        **NEAR_MISSES,
         VECTOR: {"factor": "k"},
         POSITIVE: {"factor": torch.zeros(5)},
     },
     spellings=(root_mean_square,),
     samples=Samples({"size": Sizes("n"), "eps": 1e-5, "factor": "positive"}),
-    frozen=("gamma", "beta", "weight", "bias"),
+    frozen=WEIGHTS,
     reweights=True,
     joint=True,
     vectors=("factor",),

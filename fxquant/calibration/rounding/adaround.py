@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.rounding.grid import absmax_scale, as_matrix, encode, keep_better, largest_code
-from fxquant.calibration.seen import Seen
+from fxquant.calibration.seen import Seen, see
 from fxquant.errors import CalibrationError
 from fxquant.reference import spread
 
@@ -60,11 +60,8 @@ def round_weight(weight: Tensor, bits: int, group: int, seen: Seen, options: Opt
     nearest = encode(weight, scale, bits, group)
     steps = spread(scale, weight.shape[1], group)
     learned = _learn(weight / steps, steps, rows, goal, largest_code(bits), nearest, options)
-    wide = rows.to(torch.float64)
-    cross = None
-    if seen.float_rows is not None:
-        cross = 2 / len(rows) * (seen.float_rows.to(torch.float64) - wide).T @ wide
-    return keep_better(weight, (learned, scale), (nearest, scale), group, 2 / len(rows) * wide.T @ wide, cross)
+    sampled = see(rows, seen.float_rows)
+    return keep_better(weight, (learned, scale), (nearest, scale), group, sampled.need("hessian", "adaround"), sampled.cross)
 
 
 def fraction_to_logit(fraction: Tensor) -> Tensor:

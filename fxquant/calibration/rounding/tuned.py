@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.rounding.grid import absmax_scale, as_matrix, encode, keep_better, largest_code
-from fxquant.calibration.seen import Seen
+from fxquant.calibration.seen import Seen, see
 from fxquant.reference import spread
 
 
@@ -44,10 +44,9 @@ def round_weight(weight: Tensor, bits: int, group: int, seen: Seen, options: Opt
     scale = options.scale_of(weight, bits, group)
     steps = spread(scale, weight.shape[1], group)
     tuned = _tune(weight, steps, largest_code(bits), rows, float_rows @ weight.T, options)
-    wide = rows.to(torch.float64)
-    hessian, cross = (2 / len(rows) * left.T @ wide for left in (wide, float_rows.to(torch.float64) - wide))
+    sampled = see(rows, seen.float_rows)
     found, old = (encode(tuned, scale, bits, group), scale), (encode(weight, scale, bits, group), scale)
-    return keep_better(weight, found, old, group, hessian, cross)
+    return keep_better(weight, found, old, group, sampled.need("hessian", "tuned"), sampled.cross)
 
 
 def _tune(weight: Tensor, steps: Tensor, qmax: int, rows: Tensor, goal: Tensor, options: Options) -> Tensor:
