@@ -1,6 +1,7 @@
 """What a calibration has seen so far, in one safetensors file: so that it can be stopped and go on.
 
-The file is replaced as a whole, every ``SECONDS`` and when the run is interrupted; it is gone once the calibration is done.
+The file is replaced as a whole, every ``SECONDS`` and when the run is interrupted between two batches: in the middle of one
+some sites have seen it and others have not, so the last save stands. It is gone once the calibration is done.
 """
 
 import json

@@ -75,19 +75,21 @@ def _observe(
             gathered[name].observe(x)
 
     study.watch = watch
-    count, last = 0, None
+    count, last, is_whole = 0, None, True  # whether no batch is half seen
     total = len(batches) if isinstance(batches, Sized) else None
     try:
         for batch in batches:
             last = batch
+            is_whole = False
             if count >= seen:
                 study(batch)
             count += 1
+            is_whole = True
             progress("observing batches", count, total)
             if checkpoint is not None and checkpoint.is_due():
                 checkpoint.save(count, {name: each.states() for name, each in gathered.items()})
     except BaseException:  # Ctrl-C too: what was seen is kept
-        if checkpoint is not None and gathered:
+        if checkpoint is not None and gathered and is_whole:
             checkpoint.save(count, {name: each.states() for name, each in gathered.items()})
         raise
     if count == 0:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import CalibrationError
+from fxquant.calibration.observer import MinMaxObserver
 
 
 def model_and_batches() -> tuple[nn.Module, list[Tensor]]:
@@ -71,3 +72,22 @@ def test_a_file_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> No
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CalibrationError, match=r"cannot be read.*delete it"):
         fxquant.calibrate(model, batches, scheme="w6a6", checkpoint=file)
+
+
+@pytest.mark.parametrize("call", [2, 3])
+def test_half_a_batch_counts_as_none(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = model_and_batches()
+    file, calls, observe = tmp_path / "seen.safetensors", [0], MinMaxObserver.observe
+
+    def stopped(self: MinMaxObserver, x: Tensor) -> None:
+        calls[0] += 1
+        if calls[0] == call + 1:
+            raise KeyboardInterrupt
+        observe(self, x)
+
+    wanted = fxquant.calibrate(model, batches, scheme="w6a6")
+    with monkeypatch.context() as patch:
+        patch.setattr(MinMaxObserver, "observe", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fxquant.calibrate(model, batches, scheme="w6a6", checkpoint=file)
+    assert fxquant.calibrate(model, batches, scheme="w6a6", checkpoint=file) == wanted
