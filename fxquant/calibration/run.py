@@ -1,6 +1,7 @@
 """fxquant.calibrate: data through the recognised float graph, observers at the inputs of linears."""
 
 from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def run(
     if budget is not None:
         batches, kept = _first(batches, PROBED + CHECKED)
         plan = keep_budget(study, kept, budget, on_probe=lambda done, total: progress("probing sites", done, total))
-    count, gathered = _observe(study, batches, recipe, seed, kept_in, progress)
+    # A budget's plan reads no statistics: its data are only counted, and checked to be finite.
+    observed = recipe if plan is None else replace(recipe, observes=())
+    count, gathered = _observe(study, batches, observed, seed, kept_in, progress)
     if plan is not None:
         sites = {name: _budgeted(study.sites[name], chosen) for name, chosen in plan.schemes.items()}
     else:
