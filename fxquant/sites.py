@@ -141,7 +141,7 @@ def parameter_name(node: fx.Node) -> str | None:
     pending = [node]
     while pending:
         current = pending.pop(0)
-        if current.op == "placeholder":
+        if current.op == "placeholder" and "fxquant_value" not in current.meta:  # that is a vector of a calibration
             return current.meta.get("fxquant_name")
         pending.extend(current.all_input_nodes)
     return None

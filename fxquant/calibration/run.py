@@ -48,7 +48,7 @@ def run(
         sites = {name: site for name, site in found.items() if site is not None}
     if not sites:
         raise CalibrationError("no linear that could be quantized ran on these batches")
-    return Calibration(method, count, sites, plan)
+    return Calibration(method, count, sites, plan, reparameterize=study.config.folds)
 
 
 def _observe(study: Study, batches: Iterable[Any], progress: Progress) -> tuple[int, dict[str, MinMaxObserver]]:

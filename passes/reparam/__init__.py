@@ -1,6 +1,6 @@
 """Reparameterize: change weights and graph, keep the function. The order of the rules is the order of these lists.
 
-Folds need nothing but weights. Migrations need vectors of a calibration: rule → site → operand → tensor, where the site is
+Folds need nothing but weights; they run if named, as the option ``reparameterize`` does. Migrations need vectors of a calibration: rule → site → operand → tensor, where the site is
 that of the norm, or of each linear that reads it. What is in ``ON_REQUEST`` approximates, or costs speed: it runs if named.
 """
 
@@ -72,6 +72,7 @@ def reparameterize(
     unknown = wanted - {rule.name for rule in REPARAMS}
     if unknown:
         raise RuleError(f"no reparameterization is called {sorted(unknown)}; known: {sorted({r.name for r in REPARAMS})}")
+    before = set(gm.graph.nodes)
     made = _hand_over(gm, sites, vectors)
     events: list[Event] = []
     for rule in REPARAMS:
@@ -84,12 +85,13 @@ def reparameterize(
         if not node.users:
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
+    _mark_folded(gm.graph, before)
     gm.recompile()
     return events
 
 
 def vector_inputs(graph: fx.Graph) -> list[Tensor]:
-    """The values of the inputs that reparameterize added, in order: they come before the user's own."""
+    """The values of the inputs that reparameterize added, in order: the graph reads them before the user's own."""
     return [node.meta["fxquant_value"] for node in graph.find_nodes(op="placeholder") if "fxquant_value" in node.meta]
 
 
@@ -116,9 +118,16 @@ def _input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
     if not isinstance(fake_mode, FakeTensorMode):
         raise RuleError("the graph has no fake tensors: it was not captured")
     node = add_input(graph, name, value, fake_mode)
-    del node.meta["fxquant_added"]  # weights are computed from it: it counts among the inputs that are watched
     node.meta |= {"fxquant_frozen": True, "fxquant_value": value}
     return node
+
+
+def _mark_folded(graph: fx.Graph, before: set[fx.Node]) -> None:
+    """Set ``meta["fxquant_folded"]`` on vectors, on what rules computed from weights alone, and on what follows from it."""
+    for node in graph.nodes:
+        is_new = node not in before or any(source.meta.get("fxquant_folded") for source in node.all_input_nodes)
+        if is_new and node.op in ("placeholder", "call_function") and node.meta.get("fxquant_frozen"):
+            node.meta["fxquant_folded"] = True
 
 
 def _left_over(gm: fx.GraphModule) -> list[Event]:
