@@ -1,7 +1,7 @@
 """The compiler: ``torch.compile(model, backend="fxquant")`` ends up in ``fxquant`` below. One named line a stage.
 
-capture → recognise → reparameterize → plan → quantize → fuse → lower; data flows down and never back. Whatever a stage cannot do leaves
-the site, or the whole graph, in float with a reason in the record that ``fxquant.report`` shows.
+capture → recognise → reparameterize → plan → quantize → fuse → lower; data flows down and never back. Whatever a stage
+cannot do leaves the site, or the whole graph, in float with a reason in the record that ``fxquant.report`` shows.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from fxquant.passes.fuse.linear import fuse_linears
 from fxquant.passes.fuse.rows import fuse_rows
 from fxquant.passes.quantize.linear import add_slot_inputs, quantize_linear
 from fxquant.passes.recognise import recognise
-from fxquant.passes.reparam import reparameterize
+from fxquant.passes.reparam import APPROXIMATIONS, NOT_SHARED, reparameterize
 from fxquant.passes.rule import Event
 from fxquant.passes.verify import verify
 from fxquant.plan import names_absent_weight, refuse_patterns, unmatched_patterns
@@ -141,18 +141,26 @@ def analyse(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dumpe
             _record("recognise", recognise(captured.gm), graph)
             verify(captured.gm, "recognise")
         dumper.stage("recognise", captured.gm)
-        _reparameterize(captured, graph, dumper)
     except DYNAMO_CONTROL_FLOW:
         raise
     except Exception as error:
         raise _StayFloat(f"the graph cannot be read: {_one_line(error)}", FloatFallbackWarning) from error
+    try:
+        _reparameterize(captured, graph, dumper)
+    except DYNAMO_CONTROL_FLOW:
+        raise
+    except Exception as error:
+        raise _StayFloat(f"reparameterizing failed: {_one_line(error)}", FloatFallbackWarning) from error
     return captured
 
 
 def _reparameterize(captured: Captured, graph: CompiledGraph, dumper: Dumper) -> None:
     """The folds that options or calibration name, and the rules that the calibration has vectors for, in the graph itself."""
     calibration, names = graph.config.calibration, graph.config.folds
-    vectors = calibration.vectors if calibration is not None else {}
+    given = calibration.vectors if calibration is not None else {}
+    vectors = {name: by_site for name, by_site in given.items() if name not in APPROXIMATIONS}
+    for name in given.keys() - vectors.keys():
+        graph.note(f"reparameterize: {name} {NOT_SHARED}")
     if not names and not vectors:
         return
     with graph.stage("reparameterize", captured.gm):

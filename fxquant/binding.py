@@ -50,7 +50,7 @@ class Packed:
 
     def without_contents(self) -> "Packed":
         """The same outcome with one byte that only has the blob's shape, for what must not keep weights alive."""
-        return replace(self, blob=self.blob if self.blob is None else self.blob.new_empty(1).expand(self.blob.shape))
+        return replace(self, blob=self.blob if self.blob is None else self.blob.new_empty(()).expand(self.blob.shape))
 
 
 @dataclass(frozen=True)

@@ -138,10 +138,13 @@ def _path(node: fx.Node, weight: str | None) -> str:
 
 def parameter_name(node: fx.Node) -> str | None:
     """The user's name of the first Parameter or buffer that a value is made of, or None."""
+    if node.meta.get("fxquant_folded"):  # the weight comes before what is folded into it; vectors have no name
+        names = map(parameter_name, node.all_input_nodes)
+        return next((name for name in names if name is not None), None)
     pending = [node]
     while pending:
         current = pending.pop(0)
-        if current.op == "placeholder" and "fxquant_value" not in current.meta:  # that is a vector of a calibration
+        if current.op == "placeholder":
             return current.meta.get("fxquant_name")
         pending.extend(current.all_input_nodes)
     return None

@@ -26,8 +26,8 @@ class Calibration:
     """Site name → how it is coded, with the method and the number of batches behind them.
 
     ``reparameterize`` are the folds that the model was calibrated with, by name: it is compiled with the same. ``vectors``
-    (rule → site → operand → tensor) are what migrations move between weights; an operator that shares a norm with another
-    holds the very same tensor. ``plan`` is how a budget was kept, with the whole curve of time against error; it is not part of the file.
+    (rule → site → operand → tensor) are what migrations move between weights: operators that read one norm have the very same
+    tensor. ``plan`` is how a budget was kept, with the whole curve of time against error; it is not part of the file.
 
     Two calibrations with one digest are equal, so it can stand in options, which Dynamo compares::
 

@@ -12,7 +12,9 @@ from fxquant.capture import remove_dead_code
 from fxquant.schemes import LinearScheme
 
 
-def bind_folded(gm: fx.GraphModule, fake_mode: FakeTensorMode, kept: tuple[int, ...]) -> tuple[tuple[Slot, ...], tuple[int, ...]]:
+def bind_folded(
+    gm: fx.GraphModule, fake_mode: FakeTensorMode, kept: tuple[int, ...]
+) -> tuple[tuple[Slot, ...], tuple[int, ...]]:
     """Give every folded value that is read an input of its own; ``kept`` are the positions of the user's inputs in the graph.
 
     Returns a slot for each new input, in order, and the positions of the user's inputs still read.

@@ -1,7 +1,8 @@
 """Reparameterize: change weights and graph, keep the function. The order of the rules is the order of these lists.
 
-Folds need nothing but weights; they run if named, as the option ``reparameterize`` does. Migrations need vectors of a calibration: rule → site → operand → tensor, where the site is
-that of the norm, or of each linear that reads it. What is in ``ON_REQUEST`` approximates, or costs speed: it runs if named.
+Folds need nothing but weights; they run if named, as in the option ``reparameterize``. Migrations need vectors of a
+calibration: rule → site → operand → tensor, where the site is that of the norm, or of each linear that reads it. What is in
+``ON_REQUEST`` approximates, or costs speed: it runs if named.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 
 from fxquant._compat import FakeTensorMode, maybe_fake_mode
 from fxquant.binding import add_input
+from fxquant.capture import remove_dead_code
 from fxquant.errors import RuleError
 from fxquant.passes.channels import look_through
 from fxquant.passes.joint import NONLINEAR, RESIDUAL, apply_rules, why_not
@@ -33,7 +35,7 @@ from fxquant.passes.reparam import (
     value_scale,
 )
 from fxquant.passes.reparam.stream import rotate_streams
-from fxquant.passes.rule import Event, Refused, Rule
+from fxquant.passes.rule import BOUNDED, Event, Refused, Rule
 
 Vectors = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 
@@ -56,6 +58,9 @@ MIGRATIONS: tuple[Rule, ...] = (
 )
 ON_REQUEST: tuple[Rule, ...] = (low_rank.RULE, query_key_product.RULE, half_octaves.RULE)
 REPARAMS: tuple[Rule, ...] = (*FOLDS, *MIGRATIONS, *ON_REQUEST)
+# These hold for the weights of one layer alone; every other rule keeps the function whatever vectors and weights it gets.
+APPROXIMATIONS = frozenset(rule.name for rule in REPARAMS if rule.vectors and rule.error_class == BOUNDED)
+NOT_SHARED = "is left out: its vectors are of one layer's data, and layers that share a graph would share them"
 NO_NORM = "no norm stands before this linear: what writes its input cannot take up a vector"
 OTHER = "the graph around this site is not the one that the rule is written for"
 
@@ -84,7 +89,7 @@ def reparameterize(
     for node in made:
         if not node.users:
             gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
+    remove_dead_code(gm.graph)
     _mark_folded(gm.graph, before)
     gm.recompile()
     return events
