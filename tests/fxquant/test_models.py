@@ -123,3 +123,13 @@ def test_minilm_token_cosine_without_calibration() -> None:
     with torch.no_grad():
         cosine = torch.cosine_similarity(compiled(**batch)[0], model(**batch)[0], dim=-1)[kept]
     assert cosine.mean() >= 0.995
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("scheme", ["w8a7", "w6a6"])
+def test_a_model_gives_the_same_bits_a_hundred_times(family: str, scheme: str) -> None:
+    model, inputs = build(family, "sdpa")
+    compiled = torch.compile(model, backend="fxquant", options={"scheme": scheme})
+    with torch.no_grad():
+        first = first_tensor(compiled(**inputs))
+        assert all(torch.equal(first_tensor(compiled(**inputs)), first) for _ in range(100))
