@@ -73,7 +73,7 @@ def find_sites(graph: fx.Graph) -> dict[fx.Node, tuple[Site, ...]]:
     found = {}
     for node in graph.nodes:
         kind = kind_of(node)
-        if kind is None:
+        if kind is None or node.meta.get("fxquant_folded"):  # what is folded is computed when weights are packed
             continue
         kinds = ("attention.qk", "attention.pv") if kind == "attention" else (kind,)
         found[node] = tuple(_site(node, part, seen) for part in kinds)

@@ -240,6 +240,8 @@ def test_a_calibration_is_used_with_the_folds_that_it_was_made_with() -> None:
         assert calibration.sites[site].static != plain.sites[site].static, "its input comes from a norm without γ and β"
     report = fxquant.explain(model, x, options={"scheme": "w8a8", "calibration": calibration})
     assert rewrites(report) == ALL_FIRED
+    before = fxquant.explain(model, x, options={"scheme": "w8a8", "calibration": plain})
+    assert [row.name for row in report.sites] == [row.name for row in before.sites]
     assert {row.name for row in report.sites if row.kind == "linear"} == calibration.sites.keys()
     fast = compiled(model, W8A8, calibration=calibration)
     assert error(fast(x), model(x)) < QUANTIZED
