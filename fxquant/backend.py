@@ -1,7 +1,7 @@
 """The compiler: ``torch.compile(model, backend="fxquant")`` ends up in ``fxquant`` below. One named line a stage.
 
-capture → recognise → plan → quantize → fuse → lower; data flows down and never back. Whatever a stage cannot do leaves
-the site, or the whole graph, in float with a reason in the record that ``fxquant.report`` shows.
+capture → recognise → reparameterize → plan → quantize → fuse → lower; data flows down and never back. Whatever a stage
+cannot do leaves the site, or the whole graph, in float with a reason in the record that ``fxquant.report`` shows.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import fx
 
 from fxquant import ops
 from fxquant._compat import DYNAMO_CONTROL_FLOW, FakeTensorMode, check_torch, compile_fx, frame_values
-from fxquant.binding import Binder, Packed, Program, Slot, leading_inputs, positions_getter
+from fxquant.binding import Binder, Packed, Program, Slot, leading_inputs, pack_slots, positions_getter
 from fxquant.capture import Captured, capture
 from fxquant.config import FxQuantConfig, environment, resolve_options
 from fxquant.errors import CalibrationError, FloatFallbackWarning, GradModeWarning, KernelBuildError
@@ -26,17 +26,20 @@ from fxquant.lowering.inductor import register
 from fxquant.lowering.isa import current_isa
 from fxquant.lowering.salt import cache_salt, float_salt
 from fxquant.passes.fuse import FUSIONS
+from fxquant.passes.fuse.folded import bind_folded
 from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.fuse.linear import fuse_linears
 from fxquant.passes.fuse.rows import fuse_rows
 from fxquant.passes.quantize.linear import add_slot_inputs, quantize_linear
 from fxquant.passes.recognise import recognise
+from fxquant.passes.reparam import APPROXIMATIONS, NOT_SHARED, reparameterize
+from fxquant.passes.rule import Event
 from fxquant.passes.verify import verify
 from fxquant.plan import names_absent_weight, refuse_patterns, unmatched_patterns
 from fxquant.planning import Planned, float_plan, make_plan
 from fxquant.reporting.dump import Dumper
 from fxquant.reporting.logs import setup_logging
-from fxquant.sites import Site, kind_of
+from fxquant.sites import Site, find_sites, kind_of
 from fxquant.tracker import CompiledGraph, tracker
 
 log_passes = logging.getLogger("fxquant.passes")
@@ -100,11 +103,12 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
     planned = plan(captured, args, graph, dry_run=problem is not None)
     if problem is not None:
         raise _StayFloat(problem, FloatFallbackWarning)
-    if planned.changes_nothing:
+    if planned.changes_nothing and not graph.is_reparameterized:
         raise _StayFloat("nothing was quantized: the graph is compiled as it came")
     try:
         lowered = _lower(captured, planned, graph.config.chains, graph, dumper)
-        program = _generate(lowered, planned.packed, args, graph)
+        packed = pack_slots(lowered.slots, args, planned.packed)
+        program = _generate(lowered, packed, args, graph)
     except DYNAMO_CONTROL_FLOW:
         raise
     except Exception as error:
@@ -117,7 +121,7 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
         return Program(_generate_later(other.gm, graph), other.slots, other.kept)
 
     graph.binder = binder = Binder(program, variant, graph.on_bind)
-    binder.bind(args, ready=planned.packed)
+    binder.bind(args, ready=packed)
 
     def run(*values: Any) -> Any:
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
@@ -127,24 +131,52 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
 
 
 def analyse(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dumper: Dumper) -> Captured:
-    """capture and recognise. A graph that cannot be read must compile as if fxquant were not there."""
+    """capture, recognise and reparameterize. A graph that cannot be read must compile as if fxquant were not there."""
     try:
         with graph.stage("capture", gm) as made:
             captured = capture(gm, args)
             made.append(captured.gm)
         dumper.stage("capture", captured.gm)
         with graph.stage("recognise", captured.gm):
-            events = recognise(captured.gm)
-            graph.add_rewrites("recognise", events)
-            for event in events:
-                log_passes.info("%s at %s: %s", event.rule.title, event.node_name, getattr(event, "sentence", "fired"))
+            _record("recognise", recognise(captured.gm), graph)
             verify(captured.gm, "recognise")
         dumper.stage("recognise", captured.gm)
     except DYNAMO_CONTROL_FLOW:
         raise
     except Exception as error:
         raise _StayFloat(f"the graph cannot be read: {_one_line(error)}", FloatFallbackWarning) from error
+    try:
+        _reparameterize(captured, graph, dumper)
+    except DYNAMO_CONTROL_FLOW:
+        raise
+    except Exception as error:
+        raise _StayFloat(f"reparameterizing failed: {_one_line(error)}", FloatFallbackWarning) from error
     return captured
+
+
+def _reparameterize(captured: Captured, graph: CompiledGraph, dumper: Dumper) -> None:
+    """The folds that options or calibration name, and the rules that the calibration has vectors for, in the graph itself."""
+    calibration, names = graph.config.calibration, graph.config.folds
+    given = calibration.vectors if calibration is not None else {}
+    vectors = {name: by_site for name, by_site in given.items() if name not in APPROXIMATIONS}
+    for name in given.keys() - vectors.keys():
+        graph.note(f"reparameterize: {name} {NOT_SHARED}")
+    if not names and not vectors:
+        return
+    with graph.stage("reparameterize", captured.gm):
+        sites = {site.name: node for node, found in find_sites(captured.gm.graph).items() for site in found}
+        events = reparameterize(captured.gm, sites, vectors, names)
+        _record("reparameterize", events, graph)
+        for name in sorted({*names} - {event.rule.name for event in events}):
+            graph.note(f"reparameterize: {name} finds nothing to change here")
+        verify(captured.gm, "reparameterize")
+    dumper.stage("reparameterize", captured.gm)
+
+
+def _record(stage: str, events: Sequence[Event], graph: CompiledGraph) -> None:
+    graph.add_rewrites(stage, events)
+    for event in events:
+        log_passes.info("%s at %s: %s", event.rule.title, event.node_name, getattr(event, "sentence", "fired"))
 
 
 def plan(captured: Captured, args: Sequence[Any], graph: CompiledGraph, dry_run: bool) -> Planned:
@@ -211,13 +243,14 @@ def _lower(captured: Captured, planned: Planned, chains: bool, graph: CompiledGr
             if problem is not None and graph is not None:
                 graph.keep_operator([site for site, of in planned.nodes.items() if of is node], problem)
         slots, kept = fuse_linears(gm, captured.fake_mode, linears, planned.packed)
+        folded, kept = bind_folded(gm, captured.fake_mode, kept)
         made = fuse_rows(gm, captured.fake_mode) if chains else []
         if graph is not None:
             graph.add_chains("fuse", made)
         verify(gm, "fuse")
     if dumper is not None:
         dumper.stage("fuse", gm)
-    return _Lowered(gm, slots, kept)
+    return _Lowered(gm, (*slots, *folded), kept)
 
 
 def _fuse_other(node: fx.Node, verdict: Verdict, fake_mode: FakeTensorMode) -> str | None:

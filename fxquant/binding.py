@@ -6,6 +6,7 @@ graph, so layers compiled one by one share it. Writes that PyTorch cannot see (`
 tensors) need ``fxquant.refresh``.
 """
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant._compat import FakeTensorMode
+from fxquant._compat import FakeTensor, FakeTensorMode
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.site import Migration, StaticCoding, WeightCodes
 from fxquant.schemes import LinearScheme
@@ -49,7 +50,7 @@ class Packed:
 
     def without_contents(self) -> "Packed":
         """The same outcome with one byte that only has the blob's shape, for what must not keep weights alive."""
-        return replace(self, blob=self.blob if self.blob is None else self.blob.new_empty(1).expand(self.blob.shape))
+        return replace(self, blob=self.blob if self.blob is None else self.blob.new_empty(()).expand(self.blob.shape))
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,9 @@ class Binder:
         with self._lock:
             watched = self._watch(args)
             stamp = _stamp(watched)
-            packed = {s.site: (ready or {}).get(s.site) or s.pack(s.weight(args), s.scheme) for s in self._program.slots}
+            packed = pack_slots(self._program.slots, args, ready or {})
             program = self._program_for({site: p.reason for site, p in packed.items() if p.reason is not None})
+            packed |= pack_slots(program.slots, args, packed)  # what a variant reads instead of a packed weight
             key = tuple(map(id, watched))
             entry = _Entry(
                 stamp=stamp,
@@ -163,6 +165,11 @@ class Binder:
         return self._variants[key]
 
 
+def pack_slots(slots: Sequence[Slot], args: Sequence[Any], ready: Mapping[str, Packed]) -> dict[str, Packed]:
+    """What every slot packs from the arguments of a call, by its site; what is ``ready`` is taken over."""
+    return {slot.site: ready.get(slot.site) or slot.pack(slot.weight(args), slot.scheme) for slot in slots}
+
+
 def leading_inputs(slots: Sequence[Slot], packed: Mapping[str, Packed]) -> tuple[Tensor, ...]:
     """What a graph reads before the user's inputs: the vectors of each slot, then every packed weight and correction."""
     vectors = [value for slot in slots for value in slot.inputs.values()]
@@ -173,9 +180,14 @@ def leading_inputs(slots: Sequence[Slot], packed: Mapping[str, Packed]) -> tuple
 
 def add_input(graph: fx.Graph, name: str, value: Tensor, fake_mode: FakeTensorMode) -> fx.Node:
     """A new input of a graph that stands before the user's own, after those added earlier."""
+    return declare_input(graph, name, fake_mode.from_tensor(value, static_shapes=True))
+
+
+def declare_input(graph: fx.Graph, name: str, value: FakeTensor) -> fx.Node:
+    """``add_input`` for a value that is known by its fake tensor alone."""
     with graph.inserting_before(own_inputs(graph)[0]):
         node = graph.placeholder(name)
-    node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
+    node.meta["val"] = value
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node.meta["fxquant_name"] = name
     node.meta["fxquant_added"] = True
@@ -210,21 +222,23 @@ def _stamp(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def frozen_value(node: fx.Node) -> FrozenValue:
-    """The frozen value computed at a node, as a function of the graph's inputs."""
+    """The frozen value computed at a node, as a function of the user's inputs; vectors of a calibration are constants."""
     needed = _ancestors(node)
-    placeholders = node.graph.find_nodes(op="placeholder")
-    sources = [p for p in placeholders if p in needed]
-    if node.op == "placeholder":
-        return FrozenValue((placeholders.index(node),), lambda value: value)
+    inputs = own_inputs(node.graph)
+    if node in inputs:
+        return FrozenValue((inputs.index(node),), lambda value: value)
+    sources = [p for p in inputs if p in needed]
+    given = [p for p in node.graph.find_nodes(op="placeholder") if p in needed and "fxquant_value" in p.meta]
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {p: graph.placeholder(p.name) for p in sources}
+    copies: dict[fx.Node, fx.Node] = {p: graph.placeholder(p.name) for p in (*given, *sources)}
     for old in node.graph.nodes:
         if old in needed and old not in copies:
             copies[old] = graph.node_copy(old, lambda n: copies[n])
     graph.output(copies[node])
     root = node.graph.owning_module
     module = fx.GraphModule(root if root is not None else torch.nn.Module(), graph)
-    return FrozenValue(tuple(placeholders.index(p) for p in sources), module)
+    vectors = [p.meta["fxquant_value"] for p in given]
+    return FrozenValue(tuple(map(inputs.index, sources)), functools.partial(module, *vectors))
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fxquant.calibration.calibration import Calibration
-from fxquant.errors import ConfigError
+from fxquant.errors import CalibrationError, ConfigError
 from fxquant.schemes import check_attention, check_setting, check_site_setting
 
 ENVIRONMENT = {
@@ -43,7 +43,7 @@ class FxQuantConfig(BaseModel):
 
     Raises:
         ConfigError: a key, a scheme or a value is wrong; the message names the nearest valid one.
-        CalibrationError: the file of the calibration cannot be read.
+        CalibrationError: the file of the calibration cannot be read, or it was made with other reparameterizations.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -55,6 +55,9 @@ class FxQuantConfig(BaseModel):
         "auto", description="auto: a linear that stays float runs in our kernel where the measured table says it is faster"
     )
     calibration: Calibration | None = Field(None, description="static activation ranges: a Calibration or its file")
+    reparameterize: tuple[str, ...] = Field(
+        (), description="folds into weights by name, such as norm_affine; empty: those that the calibration was made with"
+    )
     codegen: Literal["inductor", "ops"] = Field("inductor", description="ops: run the graph without Inductor")
     chains: bool = Field(True, description="run linears and the row-wise work around them as one fxquant::rows")
     assume_inference: bool = Field(False, description="quantize although gradients are enabled; outputs have none")
@@ -68,12 +71,25 @@ class FxQuantConfig(BaseModel):
                 raise ConfigError(f"unknown option {key!r}; {_nearest(key, type(self).model_fields)}")
         if isinstance(values.get("calibration"), (str, Path)):
             values["calibration"] = Calibration.load(values["calibration"])
+        if isinstance(values.get("reparameterize"), list):
+            values["reparameterize"] = tuple(values["reparameterize"])
         try:
             super().__init__(**values)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise ConfigError(f"option {place!r}: {first['msg']}; got {first['input']!r}") from None
+        made_with = self.folds if self.calibration is None else self.calibration.reparameterize
+        if self.reparameterize and {*self.reparameterize} != {*made_with}:
+            raise CalibrationError(
+                f"the calibration was made with reparameterize={[*made_with]}, and the options say {[*self.reparameterize]}: "
+                "leave the option out, or calibrate again with it"
+            )
+
+    @property
+    def folds(self) -> tuple[str, ...]:
+        """The reparameterizations that run by name: those of the option, else those of the calibration."""
+        return self.reparameterize or (self.calibration.reparameterize if self.calibration is not None else ())
 
     @field_validator("scheme")
     @classmethod
@@ -93,6 +109,11 @@ class FxQuantConfig(BaseModel):
     @classmethod
     def _known_attention(cls, value: str) -> str:
         return check_attention(value)
+
+    @field_validator("reparameterize")
+    @classmethod
+    def _known_reparameterizations(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return check_folds(value)
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:
@@ -176,6 +197,22 @@ def override_options(options: object, **changes: Any) -> FxQuantConfig:
     if isinstance(options, FxQuantConfig):
         return resolve_options({name: getattr(options, name) for name in options.model_fields_set} | changes)
     return resolve_options({**options, **changes} if isinstance(options, Mapping) else changes if options is None else options)
+
+
+def check_folds(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, if each is that of a reparameterization that needs nothing but weights; ConfigError otherwise."""
+    if not names:
+        return names
+    from fxquant.passes.reparam import REPARAMS  # imports Dynamo, which `import fxquant` must not pay for
+
+    rules = {rule.name: rule for rule in REPARAMS}
+    folds = {name: rule for name, rule in rules.items() if not rule.vectors}
+    for name in names:
+        if name in rules and name not in folds:
+            raise ConfigError(f"{name!r} needs vectors of data and runs by a calibration that has them, not by its name")
+        if name not in folds:
+            raise ConfigError(f"unknown reparameterization {name!r}; {_nearest(name, folds)}")
+    return names
 
 
 def _mode_patches(mode: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def find_sites(graph: fx.Graph) -> dict[fx.Node, tuple[Site, ...]]:
     found = {}
     for node in graph.nodes:
         kind = kind_of(node)
-        if kind is None:
+        if kind is None or node.meta.get("fxquant_folded"):  # what is folded is computed when weights are packed
             continue
         kinds = ("attention.qk", "attention.pv") if kind == "attention" else (kind,)
         found[node] = tuple(_site(node, part, seen) for part in kinds)
@@ -138,6 +138,9 @@ def _path(node: fx.Node, weight: str | None) -> str:
 
 def parameter_name(node: fx.Node) -> str | None:
     """The user's name of the first Parameter or buffer that a value is made of, or None."""
+    if node.meta.get("fxquant_folded"):  # the weight comes before what is folded into it; vectors have no name
+        names = map(parameter_name, node.all_input_nodes)
+        return next((name for name in names if name is not None), None)
     pending = [node]
     while pending:
         current = pending.pop(0)

@@ -49,6 +49,11 @@ class CompiledGraph:
         self.binder: Binder | None = None
         self._parameters = [weakref.ref(arg) for arg in args if isinstance(arg, torch.nn.Parameter)]
 
+    @property
+    def is_reparameterized(self) -> bool:
+        """Whether a rule of the stage reparameterize fired."""
+        return any(row.stage == "reparameterize" and row.fired for row in self.record.rewrites)
+
     def note(self, sentence: str, **changes: Any) -> None:
         """Add a sentence about the whole graph."""
         self.record = replace(self.record, notes=(*self.record.notes, sentence), **changes)

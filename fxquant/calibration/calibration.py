@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic_core import core_schema
 
-from fxquant.calibration.files import read, write
+from fxquant.calibration.files import Vectors, flat, read, write
 from fxquant.calibration.qparams import StaticQParams
-from fxquant.calibration.site import INACCURATE, SiteCalibration
+from fxquant.calibration.site import INACCURATE, SiteCalibration, weight_digest
 from fxquant.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ SMALLEST_STEP = 2.0**-80
 class Calibration:
     """Site name → how it is coded, with the method and the number of batches behind them.
 
-    ``plan`` is how a budget was kept, with the whole curve of time against error; it is not part of the file.
+    ``reparameterize`` are the folds that the model was calibrated with, by name: it is compiled with the same. ``vectors``
+    (rule → site → operand → tensor) are what migrations move between weights: operators that read one norm have the very same
+    tensor. ``plan`` is how a budget was kept, with the whole curve of time against error; it is not part of the file.
 
     Two calibrations with one digest are equal, so it can stand in options, which Dynamo compares::
 
@@ -37,13 +39,17 @@ class Calibration:
     batches: int
     sites: Mapping[str, SiteCalibration]
     plan: "BudgetedPlan | None" = field(default=None, compare=False)
+    reparameterize: tuple[str, ...] = ()
+    vectors: Vectors = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything in it."""
-        digest = hashlib.sha256(repr((self.method, self.batches)).encode())
+        digest = hashlib.sha256(repr((self.method, self.batches, self.reparameterize)).encode())
         for name, site in sorted(self.sites.items()):
             digest.update(repr((name, site.digest)).encode())
+        for place, vector in sorted(flat(self.vectors).items()):
+            digest.update(repr((place, weight_digest(vector))).encode())
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -79,7 +85,8 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        write(path, {"method": self.method, "batches": self.batches}, self.sites)
+        about = {"method": self.method, "batches": self.batches, "reparameterize": self.reparameterize}
+        write(path, about, self.sites, self.vectors)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -88,9 +95,10 @@ class Calibration:
         Raises:
             CalibrationError: the file cannot be read, is damaged, or is no calibration of this version.
         """
-        about, sites = read(path)
+        about, sites, vectors = read(path)
         try:
-            return cls(about["method"], about["batches"], sites)
+            folds = tuple(about["reparameterize"])
+            return cls(about["method"], about["batches"], sites, reparameterize=folds, vectors=vectors)
         except KeyError as error:
             raise CalibrationError(f"calibration file {path} is damaged: {error} is missing or wrong") from None
 

@@ -1,10 +1,14 @@
-"""Calibrations as one safetensors file: tensors by ``site/part/name``, everything else as JSON in the metadata."""
+"""Calibrations as one safetensors file: tensors by ``site/part/name``, everything else as JSON in the metadata.
+
+Vectors of a reparameterization are the part ``reparameterize.<rule>`` of their site.
+"""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fxquant.calibration.qparams import StaticQParams
@@ -13,10 +17,12 @@ from fxquant.coding import Coding
 from fxquant.errors import CalibrationError, FormatError
 
 SCHEMA = "fxquant.calibration"
-VERSION = 2
+VERSION = 3
+Vectors = Mapping[str, Mapping[str, Mapping[str, Tensor]]]  # rule → site → operand → tensor
+_VECTORS = "reparameterize."
 
 
-def write(path: str | Path, about: Mapping[str, Any], sites: Mapping[str, SiteCalibration]) -> None:
+def write(path: str | Path, about: Mapping[str, Any], sites: Mapping[str, SiteCalibration], vectors: Vectors) -> None:
     """Write one file."""
     from safetensors.torch import save_file
 
@@ -26,11 +32,13 @@ def write(path: str | Path, about: Mapping[str, Any], sites: Mapping[str, SiteCa
         described[name] = _describe(site)
         for part, values in _parts(site).items():
             tensors |= {f"{name}/{part}/{key}": value.contiguous() for key, value in values.items()}
+    for (rule, site_name, operand), vector in flat(vectors).items():
+        tensors[f"{site_name}/{_VECTORS}{rule}/{operand}"] = vector.clone()  # a file has no shared tensors
     text = json.dumps({"schema": SCHEMA, "version": VERSION, **about, "sites": described})
     save_file(tensors, str(path), {"fxquant": text})
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, SiteCalibration]]:
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, SiteCalibration], Vectors]:
     """What ``write`` was given.
 
     Raises:
@@ -48,9 +56,33 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, SiteCalibration]]:
         raise CalibrationError(f"{path} is no calibration of version {VERSION}; write it again with fxquant.calibrate")
     try:
         described = about.pop("sites")
-        return about, {name: _rebuild(values, _under(tensors, name)) for name, values in described.items()}
+        sites = {name: _rebuild(values, _under(tensors, name)) for name, values in described.items()}
+        return about, sites, _vectors(tensors)
     except (KeyError, TypeError, ValueError, FormatError) as error:
         raise CalibrationError(f"calibration file {path} is damaged: {error} is missing or wrong") from None
+
+
+def flat(vectors: Vectors) -> dict[tuple[str, str, str], Tensor]:
+    """Vectors by (rule, site, operand)."""
+    return {
+        (rule, site, operand): vector
+        for rule, by_site in vectors.items()
+        for site, operands in by_site.items()
+        for operand, vector in operands.items()
+    }
+
+
+def _vectors(tensors: Mapping[str, Tensor]) -> Vectors:
+    """The vectors of a file. Equal ones become one tensor again: operators that share a value have to share them."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    known: dict[tuple[object, ...], Tensor] = {}
+    for name, tensor in tensors.items():
+        site, part, operand = name.rsplit("/", 2)
+        if part.startswith(_VECTORS):
+            contents = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            same = known.setdefault((tensor.dtype, tuple(tensor.shape), contents), tensor)
+            found.setdefault(part.removeprefix(_VECTORS), {}).setdefault(site, {})[operand] = same
+    return found
 
 
 def _parts(site: SiteCalibration) -> dict[str, Mapping[str, Tensor]]:

@@ -56,7 +56,7 @@ def run(
         kept_in.remove()
     if not sites:
         raise CalibrationError("no linear that could be quantized ran on these batches")
-    return Calibration(method, count, sites, plan)
+    return Calibration(method, count, sites, plan, reparameterize=study.config.folds)
 
 
 def _observe(

@@ -18,6 +18,7 @@ from fxquant.config import FxQuantConfig
 from fxquant.linear_choice import rows_hint
 from fxquant.lowering.isa import current_isa
 from fxquant.passes.quantize.linear import conditions
+from fxquant.passes.reparam import vector_inputs
 from fxquant.plan import resolve_scheme, setting_for
 from fxquant.reporting.dump import Dumper
 from fxquant.schemes import LinearScheme
@@ -50,7 +51,7 @@ class Study:
     """``study(batch)`` runs the model on a batch; ``sites`` fills at the first one."""
 
     def __init__(self, model: Callable[..., Any], config: FxQuantConfig) -> None:
-        self._config = config
+        self.config = config
         self._call = compiled_call(model, self._backend)
         self.sites: dict[str, LinearSite] = {}
         self.watch: Callable[[str, Tensor], None] | None = None
@@ -69,7 +70,7 @@ class Study:
         return torch.nn.functional.linear(x, weight, bias) if compute is None else compute(x, weight, bias)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = CompiledGraph(gm, example_inputs, self._config, current_isa())
+        graph = CompiledGraph(gm, example_inputs, self.config, current_isa())
         captured = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
         names = {}
         for node, (site, *_) in find_sites(captured.gm.graph).items():
@@ -77,7 +78,7 @@ class Study:
             if site.kind != "linear" or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
                 continue
             if all(holds for _, holds in conditions(x, weight)):
-                setting = setting_for(site, self._config)
+                setting = setting_for(site, self.config)
                 scheme = resolve_scheme(setting, current_isa(), x)
                 names[node] = site.name
                 self.sites[site.name] = LinearSite(
@@ -87,7 +88,8 @@ class Study:
                     setting != "auto",
                     rows_hint(node),
                 )
-        return _Studied(captured.gm, names, self).run
+        vectors, studied = vector_inputs(captured.gm.graph), _Studied(captured.gm, names, self)
+        return lambda *values: studied.run(*vectors, *values)
 
 
 class _Studied(fx.Interpreter):

@@ -63,7 +63,7 @@ class Captured:
 
     def value(self, node: Any) -> Tensor:
         """The value of a weight that the graph computes."""
-        return frozen_value(node)(self.inputs)
+        return frozen_value(node)(self.args)
 
     def node(self, name: str, index: int = 0) -> fx.Node:
         """A node by the bare name of its ATen operator."""

@@ -1,7 +1,8 @@
 """Reparameterize: change weights and graph, keep the function. The order of the rules is the order of these lists.
 
-Folds need nothing but weights. Migrations need vectors of a calibration: rule → site → operand → tensor, where the site is
-that of the norm, or of each linear that reads it. What is in ``ON_REQUEST`` approximates, or costs speed: it runs if named.
+Folds need nothing but weights; they run if named, as in the option ``reparameterize``. Migrations need vectors of a
+calibration: rule → site → operand → tensor, where the site is that of the norm, or of each linear that reads it. What is in
+``ON_REQUEST`` approximates, or costs speed: it runs if named.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 
 from fxquant._compat import FakeTensorMode, maybe_fake_mode
 from fxquant.binding import add_input
+from fxquant.capture import remove_dead_code
 from fxquant.errors import RuleError
 from fxquant.passes.channels import look_through
 from fxquant.passes.joint import NONLINEAR, RESIDUAL, apply_rules, why_not
@@ -33,7 +35,7 @@ from fxquant.passes.reparam import (
     value_scale,
 )
 from fxquant.passes.reparam.stream import rotate_streams
-from fxquant.passes.rule import Event, Refused, Rule
+from fxquant.passes.rule import BOUNDED, Event, Refused, Rule
 
 Vectors = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 
@@ -56,6 +58,9 @@ MIGRATIONS: tuple[Rule, ...] = (
 )
 ON_REQUEST: tuple[Rule, ...] = (low_rank.RULE, query_key_product.RULE, half_octaves.RULE)
 REPARAMS: tuple[Rule, ...] = (*FOLDS, *MIGRATIONS, *ON_REQUEST)
+# These hold for the weights of one layer alone; every other rule keeps the function whatever vectors and weights it gets.
+APPROXIMATIONS = frozenset(rule.name for rule in REPARAMS if rule.vectors and rule.error_class == BOUNDED)
+NOT_SHARED = "is left out: its vectors are of one layer's data, and layers that share a graph would share them"
 NO_NORM = "no norm stands before this linear: what writes its input cannot take up a vector"
 OTHER = "the graph around this site is not the one that the rule is written for"
 
@@ -72,6 +77,7 @@ def reparameterize(
     unknown = wanted - {rule.name for rule in REPARAMS}
     if unknown:
         raise RuleError(f"no reparameterization is called {sorted(unknown)}; known: {sorted({r.name for r in REPARAMS})}")
+    before = set(gm.graph.nodes)
     made = _hand_over(gm, sites, vectors)
     events: list[Event] = []
     for rule in REPARAMS:
@@ -83,13 +89,14 @@ def reparameterize(
     for node in made:
         if not node.users:
             gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
+    remove_dead_code(gm.graph)
+    _mark_folded(gm.graph, before)
     gm.recompile()
     return events
 
 
 def vector_inputs(graph: fx.Graph) -> list[Tensor]:
-    """The values of the inputs that reparameterize added, in order: they come before the user's own."""
+    """The values of the inputs that reparameterize added, in order: the graph reads them before the user's own."""
     return [node.meta["fxquant_value"] for node in graph.find_nodes(op="placeholder") if "fxquant_value" in node.meta]
 
 
@@ -116,9 +123,16 @@ def _input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
     if not isinstance(fake_mode, FakeTensorMode):
         raise RuleError("the graph has no fake tensors: it was not captured")
     node = add_input(graph, name, value, fake_mode)
-    del node.meta["fxquant_added"]  # weights are computed from it: it counts among the inputs that are watched
     node.meta |= {"fxquant_frozen": True, "fxquant_value": value}
     return node
+
+
+def _mark_folded(graph: fx.Graph, before: set[fx.Node]) -> None:
+    """Set ``meta["fxquant_folded"]`` on vectors, on what rules computed from weights alone, and on what follows from it."""
+    for node in graph.nodes:
+        is_new = node not in before or any(source.meta.get("fxquant_folded") for source in node.all_input_nodes)
+        if is_new and node.op in ("placeholder", "call_function") and node.meta.get("fxquant_frozen"):
+            node.meta["fxquant_folded"] = True
 
 
 def _left_over(gm: fx.GraphModule) -> list[Event]:
