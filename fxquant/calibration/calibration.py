@@ -1,4 +1,4 @@
-"""The result of a calibration: how each linear is coded, by site name."""
+"""The result of a calibration: how each linear is coded, by site name, and each attention, by its path."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic_core import core_schema
 
+from fxquant.calibration.attention import AttentionCalibration
 from fxquant.calibration.files import read, write
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.site import SiteCalibration
@@ -25,7 +26,7 @@ SMALLEST_STEP = 2.0**-80
 class Calibration:
     """Site name → how it is coded, with the method and the number of batches behind them.
 
-    ``plan`` is how a budget was kept, with the whole curve of time against error; it is not part of the file.
+    ``attention`` is by ``attention_path``: the name of an attention.qk site without the kind. ``plan`` is how a budget was kept, with the whole curve of time against error; it is not part of the file.
 
     Two calibrations with one digest are equal, so it can stand in options, which Dynamo compares::
 
@@ -37,6 +38,7 @@ class Calibration:
     batches: int
     sites: Mapping[str, SiteCalibration]
     plan: "BudgetedPlan | None" = field(default=None, compare=False)
+    attention: Mapping[str, AttentionCalibration] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
@@ -44,6 +46,8 @@ class Calibration:
         digest = hashlib.sha256(repr((self.method, self.batches)).encode())
         for name, site in sorted(self.sites.items()):
             digest.update(repr((name, site.digest)).encode())
+        for path, known in sorted(self.attention.items()):
+            digest.update(repr(("attention", path, known.digest)).encode())
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -79,7 +83,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        write(path, {"method": self.method, "batches": self.batches}, self.sites)
+        write(path, {"method": self.method, "batches": self.batches}, self.sites, self.attention)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -88,15 +92,17 @@ class Calibration:
         Raises:
             CalibrationError: the file cannot be read, is damaged, or is no calibration of this version.
         """
-        about, sites = read(path)
+        about, sites, attention = read(path)
         try:
-            return cls(about["method"], about["batches"], sites)
+            return cls(about["method"], about["batches"], sites, attention=attention)
         except KeyError as error:
             raise CalibrationError(f"calibration file {path} is damaged: {error} is missing or wrong") from None
 
     def __str__(self) -> str:
         static = sum(site.static is not None and site.is_accurate for site in self.sites.values())
-        return f"calibration by {self.method} on {self.batches} batches: {static} of {len(self.sites)} linears static"
+        linears = f"{static} of {len(self.sites)} linears static"
+        coded = f", {len(self.attention)} attentions coded" if self.attention else ""
+        return f"calibration by {self.method} on {self.batches} batches: {linears}{coded}"
 
 
 def _times(shape: tuple[int, int]) -> str:

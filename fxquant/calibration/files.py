@@ -1,4 +1,7 @@
-"""Calibrations as one safetensors file: tensors by ``site/part/name``, everything else as JSON in the metadata."""
+"""Calibrations as one safetensors file: tensors by ``site/part/name``, everything else as JSON in the metadata.
+
+Qparams of attention are ``attention/path/operand/name``.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fxquant.calibration.attention import AttentionCalibration
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.site import Migration, SiteCalibration, StaticCoding, WeightCodes
 from fxquant.coding import Coding
@@ -14,10 +18,16 @@ from fxquant.errors import CalibrationError, FormatError
 
 SCHEMA = "fxquant.calibration"
 VERSION = 2
+_ATTENTION = "attention/"
 _NUMBERS = ("scale", "zero_point", "exponent", "noise", "dynamic_noise")
 
 
-def write(path: str | Path, about: Mapping[str, Any], sites: Mapping[str, SiteCalibration]) -> None:
+def write(
+    path: str | Path,
+    about: Mapping[str, Any],
+    sites: Mapping[str, SiteCalibration],
+    attention: Mapping[str, AttentionCalibration],
+) -> None:
     """Write one file."""
     from safetensors.torch import save_file
 
@@ -27,11 +37,15 @@ def write(path: str | Path, about: Mapping[str, Any], sites: Mapping[str, SiteCa
         described[name] = _describe(site)
         for part, values in _parts(site).items():
             tensors |= {f"{name}/{part}/{key}": value.contiguous() for key, value in values.items()}
-    text = json.dumps({"schema": SCHEMA, "version": VERSION, **about, "sites": described})
+    for name, known in attention.items():
+        for operand, static in known.codings.items():
+            tensors |= {f"{_ATTENTION}{name}/{operand}/{key}": value.contiguous() for key, value in static.qparams.items()}
+    codings = {name: known.about() for name, known in attention.items()}
+    text = json.dumps({"schema": SCHEMA, "version": VERSION, **about, "sites": described, "attention": codings})
     save_file(tensors, str(path), {"fxquant": text})
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, SiteCalibration]]:
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, SiteCalibration], dict[str, AttentionCalibration]]:
     """What ``write`` was given.
 
     Raises:
@@ -48,8 +62,10 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, SiteCalibration]]:
     if about.get("schema") != SCHEMA or about.get("version") != VERSION:
         raise CalibrationError(f"{path} is no calibration of version {VERSION}; write it again with fxquant.calibrate")
     try:
-        described = about.pop("sites")
-        return about, {name: _rebuild(values, _under(tensors, name)) for name, values in described.items()}
+        described, codings = about.pop("sites"), about.pop("attention", {})
+        sites = {name: _rebuild(values, _under(tensors, name)) for name, values in described.items()}
+        attention = {name: _attention(values, _under(tensors, _ATTENTION + name)) for name, values in codings.items()}
+        return about, sites, attention
     except (KeyError, TypeError, ValueError, FormatError) as error:
         raise CalibrationError(f"calibration file {path} is damaged: {error} is missing or wrong") from None
 
@@ -96,6 +112,10 @@ def _rebuild(values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]
     return SiteCalibration(
         values["scheme"], (n, k), static, migration, codes, values.get("note"), bool(values.get("is_explicit", False))
     )
+
+
+def _attention(values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> AttentionCalibration:
+    return AttentionCalibration(**{name: StaticCoding(Coding.from_json(coding), parts[name]) for name, coding in values.items()})
 
 
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
