@@ -75,7 +75,8 @@ class Study:
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = CompiledGraph(gm, example_inputs, self._config, current_isa())
         captured = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
-        names, attentions = {}, {}
+        names: dict[fx.Node, str] = {}
+        attentions: dict[fx.Node, str] = {}
         for node, (site, *_) in find_sites(captured.gm.graph).items():
             if site.kind == "attention.qk" and all(holds for _, holds in attention.conditions(node)):
                 attentions[node] = attention_path(site.name)

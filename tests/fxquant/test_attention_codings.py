@@ -184,8 +184,8 @@ def test_attention_and_linears_read_their_own_inputs(codegen: str) -> None:
 def test_operands_without_a_coding_stay_float() -> None:
     q, k, v = qkv()
     known = AttentionCalibration(v=coded(v, Uniform(4)))
-    fast = compiled(scaled_dot_product_attention, calibration(known))
-    torch.testing.assert_close(fast(q, k, v), by_hand(q, k, v, known), atol=1e-5, rtol=1e-5)
+    fast = compiled(lambda q, k, v: scaled_dot_product_attention(q, k, v) - 1, calibration(known))
+    torch.testing.assert_close(fast(q, k, v), by_hand(q, k, v, known) - 1, atol=1e-5, rtol=1e-5)
     assert [(row.scheme, row.reason) for row in fxquant.report(fast).sites] == [
         (None, NO_CODING),
         ("float/affine4", NO_KERNEL),
@@ -220,7 +220,7 @@ def refused() -> dict[str, tuple[AttentionCalibration, torch.dtype]]:
 @pytest.mark.parametrize("sentence", refused())
 def test_a_refused_attention_keeps_its_operator_and_says_why(sentence: str) -> None:
     known, dtype = refused()[sentence]
-    model, x = nn.Linear(16, 16).to(dtype), torch.randn(2, 4, 19, 16, dtype=dtype)
+    x = torch.randn(2, 4, 19, 16, dtype=dtype)
 
     def function(x: Tensor) -> Tensor:
         return scaled_dot_product_attention(x, x, x)
@@ -228,7 +228,6 @@ def test_a_refused_attention_keeps_its_operator_and_says_why(sentence: str) -> N
     fast = compiled(function, calibration(known))
     torch.testing.assert_close(fast(x), function(x))
     assert {row.reason for row in fxquant.report(fast).sites} == {sentence}
-    assert model is not None
 
 
 def test_codings_survive_a_file(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fxquant.calibration.attention import AttentionCalibration
 from fxquant.calibration.calibration import Calibration
 from fxquant.calibration.recipes import attention as recipes
 from fxquant.calibration.recipes.attention import SeenAttention, choose_attention
+from fxquant.calibration.recipes.attention_samples import AttentionSampler
 from fxquant.calibration.recipes.gelu import choose_after_gelu
 from fxquant.calibration.study import Study
 from fxquant.config import override_options
@@ -113,13 +114,11 @@ class Attention(nn.Module):
 
 
 def studied(model: nn.Module, x: Tensor) -> dict[str, SeenAttention]:
-    found: dict[str, SeenAttention] = {}
+    samplers: dict[str, AttentionSampler] = {}
     study = Study(model, override_options(None, scheme="w8a8", calibration=None))
-    study.watch_attention = lambda path, args: found.update(
-        {path: SeenAttention(path, args["q"], args["k"], args["v"], args["mask"], args["is_causal"], args["scale"])}
-    )
+    study.watch_attention = lambda path, args: samplers.setdefault(path, AttentionSampler(path)).observe(args)
     study(x)
-    return found
+    return {path: sampler.seen() for path, sampler in samplers.items()}
 
 
 @torch.no_grad()
@@ -139,6 +138,30 @@ def test_every_method_changes_the_codes_of_a_studied_site() -> None:
     for method in OTHERS:
         assert not torch.equal(outputs[method], outputs["minmax"])
         assert float((outputs[method] - wanted).norm()) < 0.5 * float(wanted.norm())
+
+
+def test_a_sampler_keeps_what_belongs_together() -> None:
+    sampler = AttentionSampler("site", capacity=3)
+    for rows in (5, 7, 7, 7):
+        q = torch.randn(2, 4, rows, 8)
+        mask = torch.rand(2, 1, rows, rows) > 0.5
+        sampler.observe({"q": q, "k": q + 1, "v": q + 2, "mask": mask, "is_causal": False, "scale": 0.5})
+    found = sampler.seen()
+    assert found.q.shape == (3, 4, 7, 8)
+    torch.testing.assert_close(found.k, found.q + 1)
+    torch.testing.assert_close(found.v, found.q + 2)
+    assert found.mask is not None
+    assert found.mask.shape == (3, 1, 7, 7)
+    assert found.scale == 0.5
+    assert bool((found.p.sum(-1) < 1.001).all())
+
+
+def test_a_sampler_without_data_or_with_three_axes_says_so() -> None:
+    with pytest.raises(CalibrationError, match="no data were seen"):
+        AttentionSampler("site").seen()
+    x = torch.ones(2, 3, 4)
+    with pytest.raises(CalibrationError, match="four axes, not for 3"):
+        AttentionSampler("site").observe({"q": x, "k": x, "v": x, "mask": None, "is_causal": False, "scale": None})
 
 
 def after_gelu() -> tuple[Tensor, Tensor]:
