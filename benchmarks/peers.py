@@ -60,6 +60,16 @@ def fxquant(options: dict[str, Any]) -> Make:
     return make
 
 
+def calibrated(scheme: str, method: str) -> Make:
+    def make(model: nn.Module, case: Case) -> Run:
+        import fxquant as fxq
+
+        calibration = fxq.calibrate(model, case.calibration, scheme=scheme, method=method)
+        return fxquant({"scheme": scheme, "calibration": calibration})(model, case)
+
+    return make
+
+
 def torchao(model: nn.Module, case: Case) -> Run:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -166,6 +176,9 @@ PEERS: dict[str, Make] = {
     "fxquant w8a7": fxquant({"scheme": "w8a7"}),
     "fxquant w7a7": fxquant({"scheme": "w7a7"}),
     "fxquant w6a6": fxquant({"scheme": "w6a6"}),
+    "fxquant w8a7, minmax": calibrated("w8a7", "minmax"),
+    "fxquant w6a6, minmax": calibrated("w6a6", "minmax"),
+    "fxquant w6a6, search": calibrated("w6a6", "search"),
     "fxquant auto, ops": fxquant({"codegen": "ops"}),
     "eager": eager,
     "inductor": inductor,

@@ -1,6 +1,7 @@
 """What a user calls: explain, report, calibrate and refresh."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,14 +83,19 @@ def calibrate(
     method: str = "minmax",
     budget: "Budget | None" = None,
     options: object = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> "Calibration":
     """How to code the linears of ``model``, from data, for ``options={"calibration": ...}``.
 
     A batch is a tensor, a tuple (positional arguments) or a mapping (keyword arguments); batches are seen once, one after
     the other, in float and without gradients. ``scheme`` and the ``sites`` of ``options`` give the widths, unless a
-    ``budget`` has every site get the fastest of several schemes that together keep it. ``method`` is ``minmax``.
-    ``progress`` draws a bar with the time that is left.
+    ``budget`` has every site get the fastest of several schemes that together keep it. ``method`` is a name
+    of ``fxquant.calibration.recipes``: minmax, percentile, mse, smoothquant, smoothquant+, awq, gptq, or search (of several
+    factors the one of least error, then gptq). ``seed`` chooses the rows that searches are made on. ``progress`` draws a bar
+    with the time that is left. ``checkpoint`` names a file that keeps what was seen when the run is stopped, by Ctrl-C or an
+    error; called again with it and the same batches, the run goes on after the last batch that was seen.
 
     Raises:
         CalibrationError: the method is unknown, there is no batch (two for a budget), no linear ran, or an input is not
@@ -100,7 +106,7 @@ def calibrate(
     from fxquant.reporting.progress import drawn, silent
 
     with drawn() if progress else silent() as shown:
-        return run(model, batches, scheme, method, budget, options, shown)
+        return run(model, batches, scheme, method, budget, options, seed, Path(checkpoint) if checkpoint else None, shown)
 
 
 def rank_errors(

@@ -8,13 +8,12 @@
 | metric, most | the mean of metric(outputs, quantized outputs) over batches, an error that grows | at most |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fxquant.errors import ConfigError
 
@@ -103,8 +102,11 @@ def kl_error(y: Tensor, other: Tensor) -> Tensor:
 
 
 def _floats(outputs: Any) -> list[Tensor]:
-    leaves = tree_leaves(outputs)
-    return [leaf.to(torch.float64) for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    """The tensors of floats in nested mappings, lists and tuples, as float64."""
+    if isinstance(outputs, Tensor):
+        return [outputs.to(torch.float64)] if outputs.is_floating_point() else []
+    inner = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (list, tuple)) else ()
+    return [leaf for part in inner for leaf in _floats(part)]
 
 
 def _rows(y: Tensor) -> Tensor:

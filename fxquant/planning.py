@@ -160,6 +160,8 @@ def _calibrated(
     form = format_of(scheme)
     n, k = weight.meta["val"].shape
     found = config.calibration.find(site.name, str(scheme), (int(n), int(k)))
+    if isinstance(found, SiteCalibration) and isinstance(found.static, StaticCoding) and not isinstance(scheme, FormatScheme):
+        return None, f"dynamic: the calibration has a number format for the input, and {scheme} codes it as integers"
     if scheme.is_weight_only:
         return (None, None) if isinstance(found, str) else (found, found.note)
     if form not in (PANEL, None) and (isinstance(found, str) or found.static is not None):

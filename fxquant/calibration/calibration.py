@@ -73,7 +73,7 @@ class Calibration:
         if isinstance(site.static, StaticQParams) and float(site.static.steps.amin()) < SMALLEST_STEP:
             return "dynamic: the input was zero in all of the calibration's data"
         if not site.is_accurate:
-            return "dynamic: static codes would cost more than 2 dB of noise, as predicted from the calibration's data"
+            return "dynamic: static codes would cost more than 0.5 dB of noise, as predicted from the calibration's data"
         return site
 
     def scheme_of(self, name: str) -> str | None:

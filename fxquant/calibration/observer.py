@@ -1,5 +1,7 @@
 """Min-max statistics of every linear's input, in memory that does not grow with the data."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,19 @@ class MinMaxObserver:
         self._square = square if self._square is None else self._square + square
         self._range_square += float(extents.to(torch.float64).square().sum())
         self._tokens += rows.shape[0]
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of everything that was seen; empty before any data."""
+        if self._low is None or self._high is None or self._square is None:
+            return {}
+        counts = torch.tensor([self._range_square, self._tokens], dtype=torch.float64)
+        return {"low": self._low.clone(), "high": self._high.clone(), "square": self._square.clone(), "counts": counts}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state."""
+        if state:
+            self._low, self._high, self._square = (state[name].clone() for name in ("low", "high", "square"))
+            self._range_square, self._tokens = float(state["counts"][0]), int(state["counts"][1])
 
     def statistics(self) -> InputStatistics | None:
         """What was seen; None before any data."""

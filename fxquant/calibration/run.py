@@ -1,23 +1,24 @@
 """fxquant.calibrate: data through the recognised float graph, observers at the inputs of linears."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxquant.budget import Budget
 from fxquant.calibration.budgeting import CHECKED, PROBED, keep_budget
 from fxquant.calibration.calibration import Calibration
+from fxquant.calibration.checkpoint import Checkpoint
 from fxquant.calibration.observer import MinMaxObserver
-from fxquant.calibration.qparams import choose_qparams
+from fxquant.calibration.recipes import Gathered, Recipe, find_recipe
+from fxquant.calibration.recipes.base import OBSERVERS
 from fxquant.calibration.site import SiteCalibration
 from fxquant.calibration.study import LinearSite, Study
 from fxquant.config import override_options
 from fxquant.errors import CalibrationError
 from fxquant.schemes import Scheme
 
-METHODS = ("minmax",)
 Progress = Callable[[str, int, int | None], None]  # (what, how many are done, of how many)
 
 
@@ -28,48 +29,87 @@ def run(
     method: str,
     budget: Budget | None,
     options: object,
+    seed: int,
+    checkpoint: Path | None,
     progress: Progress,
 ) -> Calibration:
     """What ``fxquant.calibrate`` returns; memory does not grow with the number of batches."""
-    if method not in METHODS:
-        raise CalibrationError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    study = Study(model, override_options(options, scheme=scheme, calibration=None))
+    recipe = find_recipe(method)
+    config = override_options(options, scheme=scheme, calibration=None)
+    identity = {"method": method, "options": config.model_dump_json(), "seed": str(seed)}
+    kept_in = None if checkpoint is None else Checkpoint(checkpoint, identity)
+    study = Study(model, config)
     plan = None
     if budget is not None:
         batches, kept = _first(batches, PROBED + CHECKED)
         if kept:
             study(kept[0])
         plan = keep_budget(study, kept, budget, on_probe=lambda done, total: progress("probing sites", done, total))
-    count, observers = _observe(study, batches, progress)
+    count, gathered = _observe(study, batches, recipe, seed, kept_in, progress)
     if plan is not None:
         sites = {name: _budgeted(study.sites[name], chosen) for name, chosen in plan.schemes.items()}
     else:
-        found = {name: _site(study.sites[name], observer) for name, observer in observers.items()}
-        sites = {name: site for name, site in found.items() if site is not None}
+        sites = _code(gathered, recipe, progress)
+    if kept_in is not None:
+        kept_in.remove()
     if not sites:
         raise CalibrationError("no linear that could be quantized ran on these batches")
     return Calibration(method, count, sites, plan)
 
 
-def _observe(study: Study, batches: Iterable[Any], progress: Progress) -> tuple[int, dict[str, MinMaxObserver]]:
-    """Run every batch once, in float; how many there were, and what was seen of each site that has a scheme."""
-    observers: dict[str, MinMaxObserver] = {}
+def _observe(
+    study: Study, batches: Iterable[Any], recipe: Recipe, seed: int, checkpoint: Checkpoint | None, progress: Progress
+) -> tuple[int, dict[str, Gathered]]:
+    """Run every batch once, in float; how many there were, and what was seen of each site that has an integer scheme."""
+    gathered: dict[str, Gathered] = {}
+    seen, states = checkpoint.load() if checkpoint is not None else (0, {})
 
     def watch(name: str, x: Tensor) -> None:
-        if study.sites[name].scheme is not None:
-            observers.setdefault(name, MinMaxObserver(name)).observe(x)
+        if not isinstance(study.sites[name].scheme, Scheme) or not x.numel():
+            return
+        if name not in gathered:
+            more = {key: OBSERVERS[key](name, seed) for key in recipe.observes}
+            gathered[name] = Gathered(study.sites[name], MinMaxObserver(name), more)
+            if name in states:
+                gathered[name].restore(states[name])
+        if count >= seen:
+            gathered[name].observe(x)
 
     study.watch = watch
-    count = 0
+    count, last = 0, None
     total = len(batches) if isinstance(batches, Sized) else None
-    for batch in batches:
-        study(batch)
-        count += 1
-        progress("observing batches", count, total)
-    study.watch = None
+    try:
+        for batch in batches:
+            last = batch
+            if count >= seen:
+                study(batch)
+            count += 1
+            progress("observing batches", count, total)
+            if checkpoint is not None and checkpoint.is_due():
+                checkpoint.save(count, {name: each.states() for name, each in gathered.items()})
+    except BaseException:  # Ctrl-C too: what was seen is kept
+        if checkpoint is not None and gathered:
+            checkpoint.save(count, {name: each.states() for name, each in gathered.items()})
+        raise
     if count == 0:
         raise CalibrationError("there is no batch to calibrate on")
-    return count, observers
+    if not gathered:  # all was seen before a stop: one more run tells the sites, and nothing is observed
+        count, seen = count - 1, count
+        study(last)
+        count += 1
+    study.watch = None
+    return count, gathered
+
+
+def _code(gathered: Mapping[str, Gathered], recipe: Recipe, progress: Progress) -> dict[str, SiteCalibration]:
+    """How the recipe codes every site; sites that it leaves alone are not in it."""
+    sites = {}
+    for done, (name, seen) in enumerate(gathered.items(), 1):
+        known = recipe.code(seen)
+        if known is not None:
+            sites[name] = known
+        progress("coding sites", done, len(gathered))
+    return sites
 
 
 def _first(batches: Iterable[Any], most: int) -> tuple[Iterable[Any], list[Any]]:
@@ -89,12 +129,3 @@ def _first(batches: Iterable[Any], most: int) -> tuple[Iterable[Any], list[Any]]
 def _budgeted(site: LinearSite, scheme: str) -> SiteCalibration:
     """A site of a budget's plan; its activations stay dynamic, so that no unseen data can leave their range."""
     return SiteCalibration(scheme, site.shape, is_explicit=True, note="dynamic: chosen by a budget, which fixes no ranges")
-
-
-def _site(site: LinearSite, observer: MinMaxObserver) -> SiteCalibration | None:
-    """The qparams of a site; None where it saw no data or has no activations to code."""
-    seen, scheme = observer.statistics(), site.scheme
-    if seen is None or not isinstance(scheme, Scheme) or scheme.is_weight_only:
-        return None
-    qparams = choose_qparams(seen, site.weight.to(torch.float32), scheme.weight_bits, scheme.act_bits)
-    return SiteCalibration(str(scheme), site.shape, qparams, is_explicit=site.is_explicit)

@@ -19,8 +19,8 @@ from fxquant.calibration.qparams import StaticQParams
 from fxquant.coding import Coding
 from fxquant.reference import spread
 
-# A site is coded with static qparams only where that costs at most this much more noise than dynamic ones: 2 dB.
-MOST_NOISE = 10**0.2
+# A site is coded with static qparams only where that costs at most this much more noise than dynamic ones: 0.5 dB.
+MOST_NOISE = 10**0.05
 
 
 class Digested:

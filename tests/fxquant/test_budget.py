@@ -1,6 +1,7 @@
 """Budgets: what they measure, how bits are allocated, and that a plan keeps its budget on data it never saw."""
 
-from itertools import pairwise
+from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from fxquant import Budget, CalibrationError, ConfigError
 from fxquant.calibration.allocation import allocate, curve
 from fxquant.calibration.ranking import looser, outlier_score
 from fxquant.calibration.sensitivity import Probe
+from fxquant.reporting.plots import plot_budget
 
 
 def model_and_batches(count: int = 6) -> tuple[nn.Sequential, list[Tensor]]:
@@ -75,6 +77,16 @@ def test_an_allocation_never_passes_the_limit_and_the_curve_is_one() -> None:
         assert all(a.us > b.us for a, b in pairwise(points))
 
 
+def test_the_allocation_is_the_optimum_of_brute_force() -> None:
+    torch.manual_seed(0)
+    for _ in range(10):
+        table = torch.rand(5, 4, 2).tolist()
+        probes = {str(i): [Probe(str(i), str(j), *pair) for j, pair in enumerate(row)] for i, row in enumerate(table)}
+        sums = [[sum(part) for part in zip(*chosen, strict=True)] for chosen in product(*table)]
+        limit = min(error for error, _ in sums) + float(torch.rand(()))
+        assert allocate(probes, limit).us == pytest.approx(min(us for error, us in sums if error <= limit))
+
+
 @pytest.mark.parametrize("budget", [Budget(cosine=0.9995), Budget(sqnr_db=33), Budget(kl=1e-4)])
 def test_a_plan_keeps_its_budget_on_data_it_never_saw(budget: Budget) -> None:
     model, batches = model_and_batches()
@@ -125,3 +137,13 @@ def test_scores_and_steps_of_the_ranking() -> None:
     assert outlier_score(weight) == pytest.approx(5 / 2)
     assert outlier_score(torch.zeros(2, 2)) == 1
     assert [looser(name) for name in ("w6a6", "w8a8", "w4a16-g64")] == ["w7a7", "float", "w8a8"]
+
+
+def test_the_curve_of_a_plan_can_be_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model, batches = model_and_batches()
+    plan = fxquant.calibrate(model, batches, budget=Budget(cosine=0.999)).plan
+    assert plan is not None
+    for name in ("curve.png", "curve.svg"):
+        plot_budget(plan, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000

@@ -225,7 +225,7 @@ def one_site(site: SiteCalibration, **changes: Any) -> SiteCalibration:
         (lambda site: one_site(site, scheme="w8a8"), "dynamic: the calibration is of w8a8, not of w8a7"),
         (
             lambda site: accurate(site, noise=2.0),
-            "dynamic: static codes would cost more than 2 dB of noise, as predicted from the calibration's data",
+            "dynamic: static codes would cost more than 0.5 dB of noise, as predicted from the calibration's data",
         ),
         (lambda site: accurate(site, scale=1e-30), "dynamic: the input was zero in all of the calibration's data"),
     ],

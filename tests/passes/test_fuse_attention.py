@@ -247,7 +247,7 @@ def test_wrong_names_are_refused_with_the_right_ones() -> None:
     with pytest.raises(ConfigError, match="did you mean 'qk8-pv8'"):
         fxquant.FxQuantConfig(sites={"*": "qk8_pv8"})
     with pytest.raises(ConfigError, match="for attention qk8, qk6, qk8-pv8, qk6-pv8"):
-        fxquant.FxQuantConfig(sites={"*": "int4"})
+        fxquant.FxQuantConfig(sites={"*": "zzz"})
     with pytest.raises(ConfigError, match="unknown scheme 'qk6'"):
         fxquant.FxQuantConfig(scheme="qk6")
 

@@ -1,1 +1,26 @@
-"""Published methods put together: what a calibration fixes for one site, from what was seen of it."""
+"""Recipes by the name that ``fxquant.calibrate(method=...)`` takes."""
+
+import difflib
+
+from fxquant.calibration.recipes.base import Gathered, Recipe
+from fxquant.calibration.recipes.ranges import MINMAX, MSE, PERCENTILE
+from fxquant.calibration.recipes.weights import AWQ, GPTQ, SEARCH, SMOOTHQUANT, SMOOTHQUANT_PLUS
+from fxquant.errors import CalibrationError
+
+_ALL = (MINMAX, PERCENTILE, MSE, SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, SEARCH)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
+
+__all__ = ["RECIPES", "Gathered", "Recipe", "find_recipe"]
+
+
+def find_recipe(method: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        CalibrationError: there is none of this name; the nearest are named.
+    """
+    if method in RECIPES:
+        return RECIPES[method]
+    close = difflib.get_close_matches(method, RECIPES, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(RECIPES)}"
+    raise CalibrationError(f"unknown method {method!r}; {hint}")

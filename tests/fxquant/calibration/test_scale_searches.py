@@ -141,7 +141,7 @@ def test_the_gram_metric_is_the_output_metric_with_exact_inputs() -> None:
 
 def test_blocks_without_an_output_of_their_own_are_refused() -> None:
     product = linear_product(weight=PerGroup(4))
-    with pytest.raises(CalibrationError, match=r"^fc1: blocks of PerGroup\(size=4\) have no part of the output"):
+    with pytest.raises(CalibrationError, match=r"^fc1: blocks of per group of 4 have no part of the output"):
         product.metric("right").losses(Candidates(SYMMETRIC, {"scale": torch.ones(1, 32, 1)}))
 
 

@@ -1,0 +1,76 @@
+"""What a calibration has seen so far, in one safetensors file: so that it can be stopped and go on.
+
+The file is replaced as a whole, every ``SECONDS`` and when the run is interrupted; it is gone once the calibration is done.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fxquant.errors import CalibrationError
+
+SCHEMA, VERSION = "fxquant.calibration.checkpoint", 1
+SECONDS = 30.0
+States = dict[str, dict[str, dict[str, Tensor]]]  # site → observer → name → tensor
+
+
+class Checkpoint:
+    """The file of one run; ``identity`` is what has to be the same for it to go on: method, options, seed."""
+
+    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
+        self._path, self._identity, self._saved_at = path, dict(identity), time.monotonic()
+
+    def load(self) -> tuple[int, States]:
+        """How many batches were seen, and every observer's state; (0, {}) without a file.
+
+        Raises:
+            CalibrationError: the file cannot be read, or is that of another run.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not self._path.exists():
+            return 0, {}
+        try:
+            with safe_open(str(self._path), framework="pt") as file:
+                about = json.loads((file.metadata() or {}).get("fxquant", "{}"))
+                states: States = {}
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    site, observer, key = name.rsplit("/", 2)
+                    states.setdefault(site, {}).setdefault(observer, {})[key] = file.get_tensor(name)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CalibrationError(f"checkpoint {self._path} cannot be read: {error}; delete it to start anew") from None
+        wanted = {"schema": SCHEMA, "version": VERSION, "identity": self._identity}
+        if {name: about.get(name) for name in wanted} != wanted:
+            raise CalibrationError(
+                f"checkpoint {self._path} is of another run ({about.get('identity')}, not {self._identity}); "
+                "delete it, or name another file"
+            )
+        return int(about["batches"]), states
+
+    def is_due(self) -> bool:
+        """Whether the last save is long enough ago."""
+        return time.monotonic() - self._saved_at >= SECONDS
+
+    def save(self, batches: int, states: States) -> None:
+        """Replace the file."""
+        from safetensors.torch import save_file
+
+        flat = {
+            f"{site}/{observer}/{key}": value.contiguous()
+            for site, observers in states.items()
+            for observer, state in observers.items()
+            for key, value in state.items()
+        }
+        about = {"schema": SCHEMA, "version": VERSION, "identity": self._identity, "batches": batches}
+        beside = self._path.with_name(self._path.name + ".part")
+        save_file(flat, str(beside), {"fxquant": json.dumps(about)})
+        os.replace(beside, self._path)
+        self._saved_at = time.monotonic()
+
+    def remove(self) -> None:
+        """The run is done."""
+        self._path.unlink(missing_ok=True)
