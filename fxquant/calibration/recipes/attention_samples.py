@@ -55,7 +55,7 @@ class AttentionSampler:
 
 
 def _additive(mask: Tensor) -> Tensor:
-    """A mask as finite float32 numbers of four axes that are added to the scores."""
+    """A mask as finite float32 numbers of four axes that are added to the scores; of a row that it hides altogether p is even."""
     least = torch.finfo(torch.float32).min
     added = torch.zeros(mask.shape).masked_fill(~mask, least) if mask.dtype == torch.bool else mask.clamp_min(least)
     return added.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
