@@ -173,9 +173,7 @@ class Binder:
         return self._variants[key]
 
 
-def leading_inputs(
-    slots: Sequence[Slot], packed: Mapping[str, Packed], fixed: tuple[Tensor, ...] = ()
-) -> tuple[Tensor, ...]:
+def leading_inputs(slots: Sequence[Slot], packed: Mapping[str, Packed], fixed: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
     """What a graph reads before the user's inputs: the vectors of each slot, what is fixed, then every packed weight and
     correction."""
     vectors = [value for slot in slots for value in slot.inputs.values()]

@@ -115,7 +115,9 @@ def _rebuild(values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]
 
 
 def _attention(values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> AttentionCalibration:
-    return AttentionCalibration(**{name: StaticCoding(Coding.from_json(coding), parts[name]) for name, coding in values.items()})
+    return AttentionCalibration(
+        **{name: StaticCoding(Coding.from_json(coding), parts[name]) for name, coding in values.items()}
+    )
 
 
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -52,9 +52,7 @@ def quantize_attention(
     The qparams become inputs of the graph, in the order of ``known.tensors()``.
     """
     graph, old = node.graph, node.meta["val"]
-    tensors = {
-        name: add_input(graph, f"{node.name}_{name}", value, fake_mode) for name, value in known.tensors().items()
-    }
+    tensors = {name: add_input(graph, f"{node.name}_{name}", value, fake_mode) for name, value in known.tensors().items()}
     operands = {name: args[name] for name in ("q", "k", "v", "mask") if args[name] is not None}
     names = [*operands, *tensors]
 

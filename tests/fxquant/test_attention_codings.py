@@ -24,7 +24,13 @@ from fxquant.planning import NO_CODING
 
 HEADS = PerChannel(1)
 PROBABILITIES: list[Format] = [
-    Uniform(4), Log2(4), LogSqrt2(4), Sulq(4), TanQ(4), TwinSoftmax(4), AdaLog(4)  # fmt: skip
+    Uniform(4),
+    Log2(4),
+    LogSqrt2(4),
+    Sulq(4),
+    TanQ(4),
+    TwinSoftmax(4),
+    AdaLog(4),  # fmt: skip
 ]
 
 
@@ -197,7 +203,9 @@ def test_operands_without_a_coding_stay_float() -> None:
 def test_what_the_options_say_wins() -> None:
     q, k, v = qkv()
     known = known_of(q, k, v)
-    half = compiled(lambda q, k, v: scaled_dot_product_attention(q, k, v) + 1, calibration(known), sites={":attention.qk": "float"})
+    half = compiled(
+        lambda q, k, v: scaled_dot_product_attention(q, k, v) + 1, calibration(known), sites={":attention.qk": "float"}
+    )
     torch.testing.assert_close(half(q, k, v), by_hand(q, k, v, known.without(["attention.qk"])) + 1, atol=1e-5, rtol=1e-5)
     named = compiled(lambda q, k, v: scaled_dot_product_attention(q, k, v) + 2, calibration(known), attention="qk8")
     named(q, k, v)

@@ -178,9 +178,7 @@ def _adalog(seen: SeenAttention, bits: int) -> AttentionCalibration:
 
     q, k = alternate(seen.product("q", "k", HEADS, HEADS), (first["q"], first["k"]), search("q"), search("k"))
     start = min_max(seen.samples("p", HEADS), logs), first["v"]
-    p, v = alternate(
-        seen.product("p", "v", HEADS, HEADS), start, lambda metric: adalog_base(metric, logs, one), search("v")
-    )
+    p, v = alternate(seen.product("p", "v", HEADS, HEADS), start, lambda metric: adalog_base(metric, logs, one), search("v"))
     choices = {"q": q, "k": k, "p": p, "v": v}
     return AttentionCalibration(**{name: seen.static(name, choice, HEADS) for name, choice in choices.items()})
 
