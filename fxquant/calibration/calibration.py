@@ -26,7 +26,8 @@ SMALLEST_STEP = 2.0**-80
 class Calibration:
     """Site name → how it is coded, with the method and the number of batches behind them.
 
-    ``attention`` is by ``attention_path``: the name of an attention.qk site without the kind. ``plan`` is how a budget was kept, with the whole curve of time against error; it is not part of the file.
+    ``attention`` is by ``attention_path``: the name of an attention.qk site without the kind. ``plan`` is how
+    a budget was kept, with the whole curve of time against error; it is not part of the file.
 
     Two calibrations with one digest are equal, so it can stand in options, which Dynamo compares::
 

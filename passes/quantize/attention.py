@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention(q, k, v, mask)  →  fake_quant(softmax(fake_quant(q) fake_quant(k)ᵀ · scale + mask)) fake_quant(v)
+"""scaled_dot_product_attention(q, k, v, mask)  →  fq(softmax(fq(q) fq(k)ᵀ · scale + mask)) fq(v),  fq = fake_quant
 
 The specification of an attention whose operands a calibration coded, in plain operators. Qparams are graph inputs: layers that
 share a graph may differ in them.

@@ -30,7 +30,7 @@ PROBABILITIES: list[Format] = [
     Sulq(4),
     TanQ(4),
     TwinSoftmax(4),
-    AdaLog(4),  # fmt: skip
+    AdaLog(4),
 ]
 
 
@@ -56,7 +56,8 @@ def calibration(known: AttentionCalibration, path: str = "", **sites: SiteCalibr
 
 
 def compiled(function: Any, known: Calibration, **options: Any) -> Any:
-    return torch.compile(function, backend="fxquant", options={"codegen": "ops", "calibration": known, **options})
+    given: Any = {"codegen": "ops", "calibration": known, **options}
+    return torch.compile(function, backend="fxquant", options=given)
 
 
 def by_hand(
@@ -134,11 +135,7 @@ def test_masks_scales_groups_and_axes(case: str) -> None:
 def test_every_length_shares_one_graph() -> None:
     q, k, v = qkv()
     known = known_of(q, k, v)
-    fast = torch.compile(
-        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True),
-        backend="fxquant",
-        options={"codegen": "ops", "calibration": calibration(known)},
-    )
+    fast = compiled(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True), calibration(known))
     for n in (19, 7, 12):
         bias = torch.full((n, n), -math.inf).triu(1)
         parts = q[:, :, :n].clone(), k[:, :, :n].clone(), v[:, :, :n].clone()

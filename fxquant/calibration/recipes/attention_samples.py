@@ -51,11 +51,12 @@ class AttentionSampler:
         if not self._reservoirs:
             raise CalibrationError(f"{self._path}: no data were seen; run at least one batch that reaches it")
         most = max(self._reservoirs.values(), key=lambda own: own["q"].seen)
-        return SeenAttention(self._path, **{name: reservoir.items for name, reservoir in most.items()}, **self._how)
+        items = {name: reservoir.items for name, reservoir in most.items()}
+        return SeenAttention(self._path, items["q"], items["k"], items["v"], items.get("mask"), **self._how)
 
 
 def _additive(mask: Tensor) -> Tensor:
-    """A mask as finite float32 numbers of four axes that are added to the scores; of a row that it hides altogether p is even."""
+    """A mask as finite float32 numbers of four axes that are added to the scores; p of a wholly hidden row is even."""
     least = torch.finfo(torch.float32).min
     added = torch.zeros(mask.shape).masked_fill(~mask, least) if mask.dtype == torch.bool else mask.clamp_min(least)
     return added.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
