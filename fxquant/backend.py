@@ -118,7 +118,7 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
 
     def variant(reasons: Mapping[str, str]) -> Program:
         other = _lower(captured, outline.without(reasons), chains, None, None)
-        return Program(_generate_later(other.gm, graph), other.slots, other.kept)
+        return Program(_generate_later(other.gm, graph), other.slots, other.kept, other.fixed)
 
     graph.binder = binder = Binder(program, variant, graph.on_bind)
     binder.bind(args, ready=packed)
@@ -205,7 +205,8 @@ def _check_calibration(planned: Planned, graph: CompiledGraph) -> None:
     calibration, names = graph.config.calibration, planned.could_be_static
     if calibration is None or not names or graph.is_partial or tracker().has_partial(graph.config):
         return
-    if not any(name in calibration.sites for name in names):
+    is_known = any(verdict.calibrated is not None for verdict in planned.verdicts.values())
+    if not is_known and not any(name in calibration.sites for name in names):
         raise CalibrationError(
             f"a calibration of another model: it knows {_some(calibration.sites)}, and this graph has {_some(names)}; "
             "calibrate the module or function that is compiled"
@@ -222,6 +223,7 @@ class _Lowered:
     gm: fx.GraphModule
     slots: tuple[Slot, ...]
     kept: tuple[int, ...]
+    fixed: tuple[torch.Tensor, ...]
 
 
 def _lower(captured: Captured, planned: Planned, chains: bool, graph: CompiledGraph | None, dumper: Dumper | None) -> _Lowered:
@@ -238,8 +240,11 @@ def _lower(captured: Captured, planned: Planned, chains: bool, graph: CompiledGr
     if dumper is not None:
         dumper.stage("quantize", gm)
     with stage("fuse", gm):
+        fixed: list[torch.Tensor] = []
         for node, verdict in planned.verdicts.items():
             problem = _fuse_other(copies[node], verdict, captured.fake_mode)
+            if problem is None and verdict.calibrated is not None:
+                fixed += verdict.calibrated.tensors().values()
             if problem is not None and graph is not None:
                 graph.keep_operator([site for site, of in planned.nodes.items() if of is node], problem)
         slots, kept = fuse_linears(gm, captured.fake_mode, linears, planned.packed)
@@ -250,7 +255,7 @@ def _lower(captured: Captured, planned: Planned, chains: bool, graph: CompiledGr
         verify(gm, "fuse")
     if dumper is not None:
         dumper.stage("fuse", gm)
-    return _Lowered(gm, (*slots, *folded), kept)
+    return _Lowered(gm, (*slots, *folded), kept, tuple(fixed))
 
 
 def _fuse_other(node: fx.Node, verdict: Verdict, fake_mode: FakeTensorMode) -> str | None:
@@ -267,12 +272,12 @@ def _generate(lowered: _Lowered, packed: Mapping[str, Packed], args: Sequence[An
     """Code for the fused graph: through Inductor, or the graph itself with ``codegen="ops"``."""
     with graph.stage("lower", lowered.gm):
         if graph.config.codegen == "ops":
-            return Program(lowered.gm.forward, lowered.slots, lowered.kept)
+            return Program(lowered.gm.forward, lowered.slots, lowered.kept, lowered.fixed)
         register()
-        inputs = [*leading_inputs(lowered.slots, packed), *(args[i] for i in lowered.kept)]
+        inputs = [*leading_inputs(lowered.slots, packed, lowered.fixed), *(args[i] for i in lowered.kept)]
         with torch.no_grad():
             run = compile_fx(lowered.gm, inputs, cache_salt(graph.isa, graph.config.inductor))
-        return Program(run, lowered.slots, lowered.kept)
+        return Program(run, lowered.slots, lowered.kept, lowered.fixed)
 
 
 def _generate_later(gm: fx.GraphModule, graph: CompiledGraph) -> Runner:

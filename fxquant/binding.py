@@ -78,11 +78,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Program:
-    """One lowered graph: its callable, its own inputs (``leading_inputs``) and the positions of the user's inputs."""
+    """One lowered graph: its callable, its own inputs (``leading_inputs``) and the positions of the user's inputs.
+
+    ``fixed`` are inputs that belong to no weight: the qparams of attention.
+    """
 
     run: Callable[..., Any]
     slots: tuple[Slot, ...]
     kept: tuple[int, ...]
+    fixed: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -136,7 +140,7 @@ class Binder:
             entry = _Entry(
                 stamp=stamp,
                 program=program,
-                packed=leading_inputs(program.slots, packed),
+                packed=leading_inputs(program.slots, packed, program.fixed),
                 keep=positions_getter(program.kept),
                 aliases=[tensor.detach() for tensor in watched],
                 owners=[weakref.ref(tensor, lambda _: self._entries.pop(key, None)) for tensor in watched],
@@ -170,12 +174,13 @@ def pack_slots(slots: Sequence[Slot], args: Sequence[Any], ready: Mapping[str, P
     return {slot.site: ready.get(slot.site) or slot.pack(slot.weight(args), slot.scheme) for slot in slots}
 
 
-def leading_inputs(slots: Sequence[Slot], packed: Mapping[str, Packed]) -> tuple[Tensor, ...]:
-    """What a graph reads before the user's inputs: the vectors of each slot, then every packed weight and correction."""
+def leading_inputs(slots: Sequence[Slot], packed: Mapping[str, Packed], fixed: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+    """What a graph reads before the user's inputs: the vectors of each slot, what is fixed, then every packed weight and
+    correction."""
     vectors = [value for slot in slots for value in slot.inputs.values()]
     outcomes = [packed[slot.site] for slot in slots]
     weights = [value for outcome in outcomes for value in (outcome.blob, outcome.correction) if value is not None]
-    return (*vectors, *weights)
+    return (*vectors, *fixed, *weights)
 
 
 def add_input(graph: fx.Graph, name: str, value: Tensor, fake_mode: FakeTensorMode) -> fx.Node:

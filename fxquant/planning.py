@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.binding import Packed, Slot, frozen_value
+from fxquant.calibration.attention import attention_path
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.site import Migration, SiteCalibration, StaticCoding, WeightCodes, weight_digest
 from fxquant.config import FxQuantConfig
@@ -19,6 +20,7 @@ from fxquant.lowering.pack import Codes, Rounded, check_weight, pack_codes, roun
 from fxquant.lowering.pack_table import round_to_table
 from fxquant.lowering.timings import Timing
 from fxquant.passes.fuse import FUSIONS
+from fxquant.passes.fuse.attention import decide_calibrated
 from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.rule import REAL
 from fxquant.plan import FLOAT_KINDS, Decision, Plan, setting_for
@@ -29,6 +31,7 @@ from fxquant.sites import Site, find_sites, kind_of
 # an error of a tenth, where a user would notice. An explicit scheme has no such guard.
 MIN_WEIGHT_SQNR_DB = 20.0
 NO_KERNEL = "no integer kernel has this scheme: its specification runs in float"
+NO_CODING = "its operands stay float: the calibration has no coding of them, or the options ask for float"
 ANOTHER_WEIGHT = "the weight is not the one that the calibration rounded; calibrate again"
 
 
@@ -83,7 +86,7 @@ def make_plan(gm: fx.GraphModule, config: FxQuantConfig, isa: str, args: Sequenc
             continue
         other = _decide_other(node, sites, config, isa)
         decisions += [_other_decision(site, other) for site in sites]
-        if other is not None and other.kernel is not None:
+        if other is not None and other.is_taken:
             verdicts[node] = other
     timings = {site: choice.timing for site, choice in choices.items() if choice.timing is not None}
     return _worthwhile(Planned(Plan(tuple(decisions)), nodes, shelf.slots, shelf.packed, verdicts, timings), choices)
@@ -157,6 +160,8 @@ def _calibrated(
     form = format_of(scheme)
     n, k = weight.meta["val"].shape
     found = config.calibration.find(site.name, str(scheme), (int(n), int(k)))
+    if isinstance(found, SiteCalibration) and isinstance(found.static, StaticCoding) and not isinstance(scheme, FormatScheme):
+        return None, f"dynamic: the calibration has a number format for the input, and {scheme} codes it as integers"
     if scheme.is_weight_only:
         return (None, None) if isinstance(found, str) else (found, found.note)
     if form not in (PANEL, None) and (isinstance(found, str) or found.static is not None):
@@ -169,8 +174,12 @@ def _decide_other(node: fx.Node, sites: tuple[Site, ...], config: FxQuantConfig,
     fusion = FUSIONS.get(kind_of(node) or "")
     if fusion is None:
         return None
+    settings = {site.kind: setting_for(site, config) for site in sites}
+    calibrated = config.calibration.attention if config.calibration is not None else {}
     try:
-        return fusion.decide(node, {site.kind: setting_for(site, config) for site in sites}, config, isa)
+        known = calibrated.get(attention_path(sites[0].name)) if kind_of(node) == "attention" else None
+        verdict = decide_calibrated(node, settings, known) if known is not None else None
+        return verdict or fusion.decide(node, settings, config, isa)
     except Exception as error:  # nothing that a decider does may cost the user more than this site
         return Verdict(f"it cannot be judged: {type(error).__name__}: {error}")
 
@@ -178,6 +187,8 @@ def _decide_other(node: fx.Node, sites: tuple[Site, ...], config: FxQuantConfig,
 def _other_decision(site: Site, verdict: Verdict | None) -> Decision:
     if verdict is None:
         return Decision(site, reason=FLOAT_KINDS[site.kind])
+    if verdict.calibrated is not None and site.kind not in verdict.schemes:
+        return Decision(site, reason=NO_CODING)
     return Decision(site, verdict.schemes.get(site.kind), verdict.reason, verdict.kernel, verdict.error_class)
 
 

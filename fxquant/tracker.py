@@ -97,7 +97,9 @@ class CompiledGraph:
         """The whole graph stays float: nothing that rules did reaches the user, and no site is quantized."""
         training = torch.is_grad_enabled() and not self.config.assume_inference
         rows = tuple(
-            replace(row, scheme=None, reason=sentence, error_class=None, kernel=None, bytes_after=0) if row.kernel else row
+            replace(row, scheme=None, reason=sentence, error_class=None, kernel=None, bytes_after=0)
+            if row.kernel or row.scheme
+            else row
             for row in self.record.sites
         )
         self.note(sentence, sites=rows, rewrites=(), mode="training" if training else "inference")

@@ -1,4 +1,4 @@
-"""The result of a calibration: how each linear is coded, by site name."""
+"""The result of a calibration: how each linear is coded, by site name, and each attention, by its path."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic_core import core_schema
 
-from fxquant.calibration.files import Vectors, flat, read, write
+from fxquant.calibration.attention import AttentionCalibration
+from fxquant.calibration.files import Contents, Vectors, flat, read, write
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.site import INACCURATE, SiteCalibration, weight_digest
 from fxquant.errors import CalibrationError
@@ -27,7 +28,8 @@ class Calibration:
 
     ``reparameterize`` are the folds that the model was calibrated with, by name: it is compiled with the same. ``vectors``
     (rule → site → operand → tensor) are what migrations move between weights: operators that read one norm have the very same
-    tensor. ``plan`` is how a budget was kept, with the whole curve of time against error; it is not part of the file.
+    tensor. ``attention`` is by ``attention_path``: the name of an attention.qk site without the kind. ``plan`` is how a budget
+    was kept, with the whole curve of time against error; it is not part of the file.
 
     Two calibrations with one digest are equal, so it can stand in options, which Dynamo compares::
 
@@ -41,6 +43,7 @@ class Calibration:
     plan: "BudgetedPlan | None" = field(default=None, compare=False)
     reparameterize: tuple[str, ...] = ()
     vectors: Vectors = field(default_factory=dict)
+    attention: Mapping[str, AttentionCalibration] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
@@ -50,6 +53,8 @@ class Calibration:
             digest.update(repr((name, site.digest)).encode())
         for place, vector in sorted(flat(self.vectors).items()):
             digest.update(repr((place, weight_digest(vector))).encode())
+        for path, known in sorted(self.attention.items()):
+            digest.update(repr(("attention", path, known.digest)).encode())
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -86,7 +91,7 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
         about = {"method": self.method, "batches": self.batches, "reparameterize": self.reparameterize}
-        write(path, about, self.sites, self.vectors)
+        write(path, about, Contents(self.sites, self.vectors, self.attention))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -95,16 +100,19 @@ class Calibration:
         Raises:
             CalibrationError: the file cannot be read, is damaged, or is no calibration of this version.
         """
-        about, sites, vectors = read(path)
+        about, known = read(path)
         try:
             folds = tuple(about["reparameterize"])
-            return cls(about["method"], about["batches"], sites, reparameterize=folds, vectors=vectors)
+            method, batches = about["method"], about["batches"]
+            return cls(method, batches, known.sites, None, folds, known.vectors, known.attention)
         except KeyError as error:
             raise CalibrationError(f"calibration file {path} is damaged: {error} is missing or wrong") from None
 
     def __str__(self) -> str:
         static = sum(site.static is not None and site.is_accurate for site in self.sites.values())
-        return f"calibration by {self.method} on {self.batches} batches: {static} of {len(self.sites)} linears static"
+        linears = f"{static} of {len(self.sites)} linears static"
+        coded = f", {len(self.attention)} attentions coded" if self.attention else ""
+        return f"calibration by {self.method} on {self.batches} batches: {linears}{coded}"
 
 
 def _times(shape: tuple[int, int]) -> str:

@@ -1,16 +1,19 @@
 """Calibrations as one safetensors file: tensors by ``site/part/name``, everything else as JSON in the metadata.
 
-Vectors of a reparameterization are the part ``reparameterize.<rule>`` of their site.
+Vectors of a reparameterization are the part ``reparameterize.<rule>`` of their site, qparams of attention are
+``attention/path/operand/name``.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxquant.calibration.attention import AttentionCalibration
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.site import Migration, SiteCalibration, StaticCoding, WeightCodes
 from fxquant.coding import Coding
@@ -20,25 +23,40 @@ SCHEMA = "fxquant.calibration"
 VERSION = 3
 Vectors = Mapping[str, Mapping[str, Mapping[str, Tensor]]]  # rule → site → operand → tensor
 _VECTORS = "reparameterize."
+_ATTENTION = "attention/"
 
 
-def write(path: str | Path, about: Mapping[str, Any], sites: Mapping[str, SiteCalibration], vectors: Vectors) -> None:
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds besides JSON: linears by site name, vectors of reparameterizations, attention by path."""
+
+    sites: Mapping[str, SiteCalibration]
+    vectors: Vectors
+    attention: Mapping[str, AttentionCalibration]
+
+
+def write(path: str | Path, about: Mapping[str, Any], contents: Contents) -> None:
     """Write one file."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    described = {}
-    for name, site in sites.items():
-        described[name] = _describe(site)
+    for name, site in contents.sites.items():
         for part, values in _parts(site).items():
             tensors |= {f"{name}/{part}/{key}": value.contiguous() for key, value in values.items()}
-    for (rule, site_name, operand), vector in flat(vectors).items():
+    for (rule, site_name, operand), vector in flat(contents.vectors).items():
         tensors[f"{site_name}/{_VECTORS}{rule}/{operand}"] = vector.clone()  # a file has no shared tensors
-    text = json.dumps({"schema": SCHEMA, "version": VERSION, **about, "sites": described})
+    for name, known in contents.attention.items():
+        for operand, static in known.codings.items():
+            tensors |= {f"{_ATTENTION}{name}/{operand}/{key}": value.contiguous() for key, value in static.qparams.items()}
+    described = {
+        "sites": {name: _describe(site) for name, site in contents.sites.items()},
+        "attention": {name: known.about() for name, known in contents.attention.items()},
+    }
+    text = json.dumps({"schema": SCHEMA, "version": VERSION, **about, **described})
     save_file(tensors, str(path), {"fxquant": text})
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, SiteCalibration], Vectors]:
+def read(path: str | Path) -> tuple[dict[str, Any], Contents]:
     """What ``write`` was given.
 
     Raises:
@@ -55,9 +73,11 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, SiteCalibration], 
     if about.get("schema") != SCHEMA or about.get("version") != VERSION:
         raise CalibrationError(f"{path} is no calibration of version {VERSION}; write it again with fxquant.calibrate")
     try:
-        described = about.pop("sites")
-        sites = {name: _rebuild(values, _under(tensors, name)) for name, values in described.items()}
-        return about, sites, _vectors(tensors)
+        sites = {name: _rebuild(values, _under(tensors, name)) for name, values in about.pop("sites").items()}
+        attention = {
+            name: _attention(values, _under(tensors, _ATTENTION + name)) for name, values in about.pop("attention").items()
+        }
+        return about, Contents(sites, _vectors(tensors), attention)
     except (KeyError, TypeError, ValueError, FormatError) as error:
         raise CalibrationError(f"calibration file {path} is damaged: {error} is missing or wrong") from None
 
@@ -124,6 +144,12 @@ def _rebuild(values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]
         _check(codes.codes, (n, k))
     return SiteCalibration(
         values["scheme"], (n, k), static, migration, codes, values.get("note"), bool(values.get("is_explicit", False))
+    )
+
+
+def _attention(values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> AttentionCalibration:
+    return AttentionCalibration(
+        **{name: StaticCoding(Coding.from_json(coding), parts[name]) for name, coding in values.items()}
     )
 
 

@@ -1,7 +1,8 @@
 """A model that runs in float, graph by graph in its recognised form, with every linear within reach.
 
-What calibration, sensitivity and error ranking share: ``watch`` sees the operands of each linear, ``overrides`` computes
-some of them in another way. Nothing is compiled.
+What calibration, sensitivity and error ranking share: ``watch`` sees the input of each linear, ``watch_attention`` the operands
+of each attention by the names of ``passes.fuse.attention.operands`` (and its path), ``overrides`` computes linears in another
+way. Nothing is compiled.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,12 @@ from torch import Tensor, fx
 
 from fxquant.backend import analyse
 from fxquant.binding import frozen_value
+from fxquant.calibration.attention import attention_path
 from fxquant.capture import compiled_call
 from fxquant.config import FxQuantConfig
 from fxquant.linear_choice import rows_hint
 from fxquant.lowering.isa import current_isa
+from fxquant.passes.fuse import attention
 from fxquant.passes.quantize.linear import conditions
 from fxquant.passes.reparam import vector_inputs
 from fxquant.plan import resolve_scheme, setting_for
@@ -55,6 +58,7 @@ class Study:
         self._call = compiled_call(model, self._backend)
         self.sites: dict[str, LinearSite] = {}
         self.watch: Callable[[str, Tensor], None] | None = None
+        self.watch_attention: Callable[[str, Mapping[str, Any]], None] | None = None
         self.overrides: Mapping[str, Linear] = {}
 
     def __call__(self, batch: Any) -> Any:
@@ -72,8 +76,11 @@ class Study:
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = CompiledGraph(gm, example_inputs, self.config, current_isa())
         captured = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
-        names = {}
+        names: dict[fx.Node, str] = {}
+        attentions: dict[fx.Node, str] = {}
         for node, (site, *_) in find_sites(captured.gm.graph).items():
+            if site.kind == "attention.qk" and all(holds for _, holds in attention.conditions(node)):
+                attentions[node] = attention_path(site.name)
             x, weight = (*node.args, None)[:2]
             if site.kind != "linear" or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
                 continue
@@ -88,19 +95,25 @@ class Study:
                     setting != "auto",
                     rows_hint(node),
                 )
-        vectors, studied = vector_inputs(captured.gm.graph), _Studied(captured.gm, names, self)
+        vectors, studied = vector_inputs(captured.gm.graph), _Studied(captured.gm, names, attentions, self)
         return lambda *values: studied.run(*vectors, *values)
 
 
 class _Studied(fx.Interpreter):
-    """Runs a graph and hands its linears to a study."""
+    """Runs a graph and hands its linears and attentions to a study."""
 
-    def __init__(self, gm: fx.GraphModule, names: Mapping[fx.Node, str], study: Study) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, names: Mapping[fx.Node, str], attentions: Mapping[fx.Node, str], study: Study
+    ) -> None:
         super().__init__(gm)
-        self._names, self._study = names, study
+        self._names, self._attentions, self._study = names, attentions, study
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's value."""
+        if n in self._attentions and self._study.watch_attention is not None:
+            given = attention.operands(n).items()
+            values = {name: self.env[arg] if isinstance(arg, fx.Node) else arg for name, arg in given}
+            self._study.watch_attention(self._attentions[n], values)
         name = self._names.get(n)
         if name is None:
             return super().run_node(n)

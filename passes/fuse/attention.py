@@ -5,14 +5,17 @@ Keys and values that were repeated for groups of query heads are read where they
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxquant._compat import FakeTensorMode
+from fxquant.calibration.attention import OPERANDS, AttentionCalibration
 from fxquant.config import FxQuantConfig
 from fxquant.passes.fuse.fusion import Fusion, Verdict
+from fxquant.passes.quantize import attention as specification
 from fxquant.schemes import ATTENTION_SCHEMES, AttentionScheme
 
 aten = torch.ops.aten
@@ -22,6 +25,7 @@ MAX_DEPTH = 256  # the largest head size that was measured
 MIN_PRODUCTS = 98304
 # Up to so many rows of queries (decoding), coding the keys costs more than their exact product.
 FEW_ROWS = 4
+NO_KERNEL = "no integer kernel has this coding: its specification runs in float"
 _NAMES = ("q", "k", "v", "mask", "dropout_p", "is_causal")
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _SAME = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.slice.Tensor)
@@ -96,6 +100,20 @@ def decide(node: fx.Node, settings: Mapping[str, str], config: FxQuantConfig, is
     return Verdict(f"float attention with no N x M buffer{scheme}", kernel="attention", error_class="REAL")
 
 
+def decide_calibrated(node: fx.Node, settings: Mapping[str, str], known: AttentionCalibration) -> Verdict | None:
+    """The verdict by a calibration's codings; None where the options name a scheme, turn attention off or ask for float."""
+    named = {kind: settings.get(kind, "auto") for kind in OPERANDS}
+    if any(setting == "off" or setting in ATTENTION_SCHEMES for setting in named.values()):
+        return None
+    known = known.without(kind for kind, setting in named.items() if setting == "float")
+    if not known.codings:
+        return None
+    for sentence, holds in chain(conditions(node), specification.conditions(operands(node), known)):
+        if not holds:
+            return Verdict(sentence)
+    return Verdict(NO_KERNEL, error_class="QUANTIZED", schemes=known.schemes, calibrated=known)
+
+
 def resolve(settings: Mapping[str, str], node: fx.Node) -> AttentionScheme | str:
     """The scheme that the settings of both sites make, or why there is none (empty where none was asked for)."""
     qk, pv = (ATTENTION_SCHEMES.get(settings.get(kind, "auto")) for kind in ("attention.qk", "attention.pv"))
@@ -112,12 +130,14 @@ def _quantized(scheme: AttentionScheme) -> str:
 
 
 def fuse(node: fx.Node, verdict: Verdict, fake_mode: FakeTensorMode) -> fx.Node:
-    """Replace the node by fxquant::attention or fxquant::attention_int.
+    """Replace the node by fxquant::attention or fxquant::attention_int, or with a calibration's codings by its specification.
 
     The result is contiguous where the old one was, unless every reader swaps heads and queries first: those then read
     contiguous memory without a copy.
     """
     args = operands(node)
+    if verdict.calibrated is not None:
+        return specification.quantize_attention(node, args, verdict.calibrated, fake_mode)
     k, v = args["k"], args["v"]
     sources = unrepeated(k), unrepeated(v)
     if sources[0] is not None and sources[1] is not None and _key_heads(sources[0]) == _key_heads(sources[1]):

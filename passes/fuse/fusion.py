@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fxquant._compat import FakeTensorMode
+from fxquant.calibration.attention import AttentionCalibration
 from fxquant.config import FxQuantConfig
 
 
@@ -15,13 +16,20 @@ class Verdict:
 
     ``reason`` is the sentence that the report prints. ``kernel`` is the fxquant:: operator that takes the node's place
     (None: the node stays), ``error_class`` that of the replacement, ``schemes`` the scheme of each site kind that is
-    quantized (``{"attention.qk": "qk6"}``).
+    quantized (``{"attention.qk": "qk6"}``). ``calibrated``: the codings of an attention without a kernel, which becomes
+    its specification.
     """
 
     reason: str
     kernel: str | None = None
     error_class: str | None = None
     schemes: Mapping[str, str] = field(default_factory=dict)
+    calibrated: AttentionCalibration | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the node is replaced."""
+        return self.kernel is not None or self.calibrated is not None
 
 
 @dataclass(frozen=True)

@@ -183,3 +183,15 @@ def test_a_calibration_may_give_the_input_a_format_of_its_own(codegen: str) -> N
     wanted = linear(coding.fake_quant(x), FORMAT_SCHEMES["fp8"].weight.fake_quant(model.weight), model.bias)
     torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-5)
     assert fxquant.report(fast).sites[0].scheme == "fp8 static"
+
+
+@torch.no_grad()
+def test_a_format_of_the_input_is_nothing_to_an_integer_scheme() -> None:
+    model, x = layer()
+    coding = Coding(Uniform(5), PerTensor())
+    fast = compiled(model, calibration=one_site("w4a4", static=StaticCoding(coding, coding.fit(x))), scheme="w4a4")
+    assert torch.equal(fast(x), compiled(layer()[0], scheme="w4a4")(x))
+    (row,) = fxquant.report(fast).sites
+    assert row.scheme == "w4a4"
+    assert row.reason is not None
+    assert row.reason.startswith("dynamic: the calibration has a number format for the input, and w4a4 codes it as integers")
