@@ -50,7 +50,11 @@ class FxQuantConfig(BaseModel):
 
     scheme: str = Field("auto", description="of every linear: auto, float or w<bits>a<bits>[-g<size>], such as w8a7")
     sites: dict[str, str] = Field({}, description="site or parameter pattern → scheme; the first match wins")
-    attention: str = Field("auto", description="auto: float kernel; off: PyTorch's; or qk8, qk6, qk8-pv8, qk6-pv8")
+    attention: str = Field(
+        "auto",
+        description="auto: float kernel, or codings by a method that has them; calibrated: codings by any method; "
+        "off: PyTorch's; or qk8, qk6, qk8-pv8, qk6-pv8",
+    )
     float_kernels: Literal["auto", "off"] = Field(
         "auto", description="auto: a linear that stays float runs in our kernel where the measured table says it is faster"
     )

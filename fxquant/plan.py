@@ -166,10 +166,16 @@ def resolve_scheme(setting: str, isa: str, x: fx.Node | None = None) -> LinearSc
     return chosen if x is None or not is_gated(x) else replace(chosen, act_bits=max(chosen.act_bits, GATED_BITS))
 
 
-def is_gated(x: fx.Node) -> bool:
-    """Whether a value is the product of two activations of one shape, as SwiGLU's is: the input of down_proj."""
+def origin(x: fx.Node) -> fx.Node:
+    """The node that made a value, before it was reshaped, copied or cast."""
     while x.target in _KEEP_VALUES and isinstance(x.args[0], fx.Node):
         x = x.args[0]
+    return x
+
+
+def is_gated(x: fx.Node) -> bool:
+    """Whether a value is the product of two activations of one shape, as SwiGLU's is: the input of down_proj."""
+    x = origin(x)
     if x.target in (aten.glu.default, aten.mul.Tensor):
         factors = x.all_input_nodes
         shapes = [factor.meta["val"].shape for factor in factors if isinstance(factor.meta.get("val"), Tensor)]

@@ -109,7 +109,8 @@ ATTENTION_SCHEMES = {
     "qk8-pv8": AttentionScheme(8, 8),
     "qk6-pv8": AttentionScheme(6, 8),
 }
-ATTENTION_SETTINGS = ("auto", "off", *ATTENTION_SCHEMES)  # of the option ``attention``
+CALIBRATED = "calibrated"
+ATTENTION_SETTINGS = ("auto", "off", CALIBRATED, *ATTENTION_SCHEMES)  # of the option ``attention``
 SETTINGS = ("auto", "float", *SCHEMES, *FORMAT_SCHEMES, *ATTENTION_SCHEMES)  # of a pattern of ``sites``
 
 

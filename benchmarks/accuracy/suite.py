@@ -26,6 +26,7 @@ from fxquant.calibration.recipes import RECIPES
 
 SCHEMES = ("w8a8", "w6a6", "w4a16-g128", "w8a7", "w4a8", "w4a4")
 DYNAMIC = "dynamic"
+WITH_ATTENTION = "minmax, with attention"  # its operands coded too, as the methods for vision transformers do
 ACTIVATIONS_ONLY = ("minmax", "percentile", "smoothquant")  # methods that find nothing for a weight alone
 FLOAT = "float32"
 
@@ -61,7 +62,7 @@ def parse(arguments: Sequence[str] | None, models: list[str]) -> argparse.Namesp
     parser = argparse.ArgumentParser(prog="python benchmarks/accuracy", description="Scores of quantized models beside float.")
     parser.add_argument("--models", nargs="+", choices=models, default=models, metavar="NAME", help=", ".join(models))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME", help=", ".join(SCHEMES))
-    known = [DYNAMIC, *RECIPES]
+    known = [DYNAMIC, *RECIPES, WITH_ATTENTION]
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="METHOD", help=", ".join(known))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of the draw of calibration data")
     parser.add_argument("--out", type=Path, default=Path("docs/accuracy"))
@@ -135,9 +136,9 @@ def measure_cell(subject: Subject, model: nn.Module, reference: Any, cell: Cell)
         calibration = None
         if cell.method != DYNAMIC:
             batches = subject.batches(cell.seed)
-            calibration = fxquant.calibrate(
-                model, batches, scheme=cell.scheme, method=cell.method, options=dict(subject.options)
-            )
+            attention = {"attention": "calibrated"} if cell.method == WITH_ATTENTION else {}
+            method, options = cell.method.partition(",")[0], {**subject.options, **attention}
+            calibration = fxquant.calibrate(model, batches, scheme=cell.scheme, method=method, options=options)
         calibrated = time.perf_counter()
         chosen = {**subject.options, "calibration": calibration, "scheme": cell.scheme, "codegen": "ops"}
         call = torch.compile(model, backend="fxquant", options=chosen)

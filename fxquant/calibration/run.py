@@ -6,20 +6,17 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fxquant.budget import Budget
 from fxquant.calibration.budgeting import CHECKED, PROBED, keep_budget
 from fxquant.calibration.calibration import Calibration
 from fxquant.calibration.checkpoint import Checkpoint
-from fxquant.calibration.observer import MinMaxObserver
 from fxquant.calibration.recipes import Gathered, Recipe, find_recipe
-from fxquant.calibration.recipes.base import OBSERVERS
+from fxquant.calibration.recipes.attention import attention_bits, choose_attention
 from fxquant.calibration.site import SiteCalibration
 from fxquant.calibration.study import LinearSite, Study
+from fxquant.calibration.watching import Watching
 from fxquant.config import override_options
 from fxquant.errors import CalibrationError
-from fxquant.schemes import Scheme
 
 Progress = Callable[[str, int, int | None], None]  # (what, how many are done, of how many)
 
@@ -47,37 +44,28 @@ def run(
         plan = keep_budget(study, kept, budget, on_probe=lambda done, total: progress("probing sites", done, total))
     # A budget's plan reads no statistics: its data are only counted, and checked to be finite.
     observed = recipe if plan is None else replace(recipe, observes=())
-    count, gathered = _observe(study, batches, observed, seed, kept_in, progress)
+    bits = attention_bits(recipe, config) if plan is None else None
+    watching = Watching(study, observed, seed, bits is not None, {})
+    count = _observe(watching, batches, kept_in, progress)
+    attention = {}
     if plan is not None:
         sites = {name: _budgeted(study.sites[name], chosen) for name, chosen in plan.schemes.items()}
     else:
-        sites = _code(gathered, recipe, progress)
+        sites = _code(watching.gathered, recipe, progress)
+    if bits is not None:
+        attention = {path: choose_attention(each.seen(), method, bits) for path, each in watching.samplers.items()}
     if kept_in is not None:
         kept_in.remove()
-    if not sites:
+    if not sites and not attention:
         raise CalibrationError("no linear that could be quantized ran on these batches")
-    return Calibration(method, count, sites, plan, reparameterize=study.config.folds)
+    return Calibration(method, count, sites, plan, study.config.folds, attention=attention)
 
 
-def _observe(
-    study: Study, batches: Iterable[Any], recipe: Recipe, seed: int, checkpoint: Checkpoint | None, progress: Progress
-) -> tuple[int, dict[str, Gathered]]:
-    """Run every batch once, in float; how many there were, and what was seen of each site that has an integer scheme."""
-    gathered: dict[str, Gathered] = {}
-    seen, states = checkpoint.load() if checkpoint is not None else (0, {})
-
-    def watch(name: str, x: Tensor) -> None:
-        if not isinstance(study.sites[name].scheme, Scheme) or not x.numel():
-            return
-        if name not in gathered:
-            more = {key: OBSERVERS[key](name, seed) for key in recipe.observes}
-            gathered[name] = Gathered(study.sites[name], MinMaxObserver(name), more)
-            if name in states:
-                gathered[name].restore(states[name])
-        if count >= seen:
-            gathered[name].observe(x)
-
-    study.watch = watch
+def _observe(watching: Watching, batches: Iterable[Any], checkpoint: Checkpoint | None, progress: Progress) -> int:
+    """Run every batch once, in float, for what watches; how many there were."""
+    study = watching.study
+    seen, watching.restored = checkpoint.load() if checkpoint is not None else (0, {})
+    watching.start()
     count, last, is_whole = 0, None, True  # whether no batch is half seen
     total = len(batches) if isinstance(batches, Sized) else None
     try:
@@ -90,19 +78,18 @@ def _observe(
             is_whole = True
             progress("observing batches", count, total)
             if checkpoint is not None and checkpoint.is_due():
-                checkpoint.save(count, {name: each.states() for name, each in gathered.items()})
+                checkpoint.save(count, watching.states())
     except BaseException:  # Ctrl-C too: what was seen is kept
-        if checkpoint is not None and gathered and is_whole:
-            checkpoint.save(count, {name: each.states() for name, each in gathered.items()})
+        if checkpoint is not None and not watching.is_empty and is_whole:
+            checkpoint.save(count, watching.states())
         raise
     if count == 0:
         raise CalibrationError("there is no batch to calibrate on")
-    if not gathered:  # all was seen before a stop: one more run tells the sites, and nothing is observed
-        count, seen = count - 1, count
+    if watching.is_empty:  # all was seen before a stop: one more run tells the sites, and nothing is observed
+        watching.is_observing = False
         study(last)
-        count += 1
-    study.watch = None
-    return count, gathered
+    watching.stop()
+    return count
 
 
 def _code(gathered: Mapping[str, Gathered], recipe: Recipe, progress: Progress) -> dict[str, SiteCalibration]:

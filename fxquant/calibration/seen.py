@@ -64,6 +64,14 @@ class Seen:
             float_rows=by(self.float_rows, wide),
         )
 
+    def less(self, shift: Tensor) -> "Seen":
+        """The statistics of the rows after ``shift`` [K] was taken off every one of them.
+
+        Raises:
+            CalibrationError: there are no rows to take it off.
+        """
+        return see(self.need("rows", "a shift") - shift)
+
     def __str__(self) -> str:
         there = [each.name for each in fields(self) if isinstance(getattr(self, each.name), Tensor)]
         return f"Seen({self.tokens} tokens: {', '.join(there) or 'nothing'})"

@@ -22,10 +22,10 @@ from fxquant.lowering.isa import current_isa
 from fxquant.passes.fuse import attention
 from fxquant.passes.quantize.linear import conditions
 from fxquant.passes.reparam import vector_inputs
-from fxquant.plan import resolve_scheme, setting_for
+from fxquant.plan import origin, resolve_scheme, setting_for
 from fxquant.reporting.dump import Dumper
 from fxquant.schemes import LinearScheme
-from fxquant.sites import find_sites
+from fxquant.sites import find_sites, kind_of
 from fxquant.tracker import CompiledGraph
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) → y
@@ -35,7 +35,8 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) 
 class LinearSite:
     """One linear: its weight [N, K], the scheme that the options give it (None: float), and how often it multiplies.
 
-    ``is_explicit``: the scheme was asked for by name. ``rows`` are those of its input where they are known when captured.
+    ``is_explicit``: the scheme was asked for by name. ``rows`` are those of its input where they are known when captured,
+    ``reads`` the kind of operator that its input comes from, such as layer_norm or gelu, where that is a candidate itself.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LinearSite:
     scheme: LinearScheme | None
     is_explicit: bool
     rows: int | None
+    reads: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,6 +96,7 @@ class Study:
                     None if isinstance(scheme, str) else scheme,
                     setting != "auto",
                     rows_hint(node),
+                    kind_of(origin(x)),
                 )
         vectors, studied = vector_inputs(captured.gm.graph), _Studied(captured.gm, names, attentions, self)
         return lambda *values: studied.run(*vectors, *values)

@@ -16,7 +16,7 @@ from fxquant.calibration.attention import OPERANDS, AttentionCalibration
 from fxquant.config import FxQuantConfig
 from fxquant.passes.fuse.fusion import Fusion, Verdict
 from fxquant.passes.quantize import attention as specification
-from fxquant.schemes import ATTENTION_SCHEMES, AttentionScheme
+from fxquant.schemes import ATTENTION_SCHEMES, CALIBRATED, AttentionScheme
 
 aten = torch.ops.aten
 MAX_DEPTH = 256  # the largest head size that was measured
@@ -117,6 +117,8 @@ def decide_calibrated(node: fx.Node, settings: Mapping[str, str], known: Attenti
 def resolve(settings: Mapping[str, str], node: fx.Node) -> AttentionScheme | str:
     """The scheme that the settings of both sites make, or why there is none (empty where none was asked for)."""
     qk, pv = (ATTENTION_SCHEMES.get(settings.get(kind, "auto")) for kind in ("attention.qk", "attention.pv"))
+    if qk is None and CALIBRATED in settings.values():
+        return "; no calibration has codings of it"
     if qk is None:
         return "" if pv is None or not pv.pv_bits else "; a scheme of attention.pv alone has no kernel: name attention.qk too"
     if has_few_rows(node):

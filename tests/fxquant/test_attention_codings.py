@@ -1,13 +1,11 @@
 """Attention with the number formats of a calibration: what is computed, what is refused, what the report and the file say."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -246,12 +244,6 @@ def test_codings_survive_a_file(tmp_path: Path) -> None:
             assert read == written
             assert read.attention[path] == known
     assert written != Calibration("by hand", 1, {})
-
-
-def test_a_file_from_before_attention_was_coded_is_read(tmp_path: Path) -> None:
-    about = {"schema": "fxquant.calibration", "version": 2, "method": "old", "batches": 3, "sites": {}}
-    save_file({}, tmp_path / "file.safetensors", {"fxquant": json.dumps(about)})
-    assert Calibration.load(tmp_path / "file.safetensors") == Calibration("old", 3, {})
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@
 |---|---|---|
 | minmax | affine, per tensor, extent | affine, extent |
 | fq-vit | affine, per tensor, percentile | log2, δ = 1 |
-| repq-vit | affine, per tensor, MSE-selected percentile | log√2, δ by the same |
-| ias-vit | affine, per tensor, MSE-selected percentile | SULQ, η by MSE |
-| dopq-vit | affine, per tensor, MSE-selected percentile | TanQ, θ by the error of p v |
+| repq, repquant | affine, per tensor, MSE-selected percentile | log√2, δ by the same |
+| i&s | affine, per tensor, MSE-selected percentile | SULQ, η by MSE |
+| dopq | affine, per tensor, MSE-selected percentile | TanQ, θ by the error of p v |
 | ptq4vit | symmetric, per head, grid by the errors of q kᵀ and p v | twin uniform, split by the error of p v |
 | adalog | affine, per head, FPCS by the errors of q kᵀ and p v | AdaLog, per head, base by the error of p v |
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fxquant.calibration.attention import AttentionCalibration
 from fxquant.calibration.observers import Samples
+from fxquant.calibration.recipes.base import Recipe
 from fxquant.calibration.searches import (
     Choice,
     Product,
@@ -44,11 +45,15 @@ from fxquant.calibration.searches.fpcs import weight_zero_points
 from fxquant.calibration.searches.metric import Metric
 from fxquant.calibration.site import StaticCoding
 from fxquant.coding import Coding
+from fxquant.config import FxQuantConfig
 from fxquant.errors import CalibrationError
 from fxquant.formats import AdaLog, Format, Log2, LogSqrt2, Sulq, TanQ, TwinSoftmax, Uniform
 from fxquant.formats.tanq import ANGLES
 from fxquant.granularity import Granularity, PerChannel, PerTensor
+from fxquant.lowering.isa import current_isa
 from fxquant.passes.quantize.attention import probabilities, repeat_heads
+from fxquant.plan import resolve_scheme
+from fxquant.schemes import CALIBRATED, Scheme
 
 WHOLE, HEADS = PerTensor(), PerChannel(1)
 Search = Callable[[Samples, Format], Choice]
@@ -110,6 +115,26 @@ class SeenAttention:
         return StaticCoding(Coding(choice.format, granularity), qparams)
 
 
+def attention_bits(recipe: Recipe, config: FxQuantConfig) -> int | None:
+    """The bits of operands of attention, those of the activations of linears; None: attention is not coded.
+
+    It is by methods that it is a part of, and where the option ``attention`` is "calibrated".
+
+    Raises:
+        CalibrationError: the option asks for it, and the method has no codings of attention.
+    """
+    scheme = resolve_scheme(config.scheme, current_isa())
+    asked = config.attention == CALIBRATED
+    if asked and recipe.name not in METHODS:
+        raise CalibrationError(
+            f"method {recipe.name!r} has no codings of attention; leave the option attention={CALIBRATED!r} out, or use one of "
+            f"{', '.join(METHODS)}"
+        )
+    if not asked and not (config.attention == "auto" and recipe.codes_attention):
+        return None
+    return scheme.act_bits if isinstance(scheme, Scheme) and not scheme.is_weight_only else None
+
+
 def choose_attention(seen: SeenAttention, method: str, bits: int) -> AttentionCalibration:
     """Codings of all four operands with ``bits`` each (logarithms of p have one code more, an exact zero).
 
@@ -127,7 +152,9 @@ def _minmax(seen: SeenAttention, bits: int) -> AttentionCalibration:
 
 
 def _fq_vit(seen: SeenAttention, bits: int) -> AttentionCalibration:
-    return _by_tensor(seen, bits, percentile, min_max(seen.samples("p", WHOLE), Log2(bits)))
+    return _by_tensor(
+        seen, bits, percentile, min_max(seen.samples("p", WHOLE), Log2(min(bits, 7)))
+    )  # smaller values than 2^-126 have no codes
 
 
 def _repq_vit(seen: SeenAttention, bits: int) -> AttentionCalibration:
@@ -186,9 +213,10 @@ def _adalog(seen: SeenAttention, bits: int) -> AttentionCalibration:
 METHODS: dict[str, Callable[[SeenAttention, int], AttentionCalibration]] = {
     "minmax": _minmax,
     "fq-vit": _fq_vit,
-    "repq-vit": _repq_vit,
-    "ias-vit": _ias_vit,
-    "dopq-vit": _dopq_vit,
+    "repq": _repq_vit,
+    "repquant": _repq_vit,
+    "i&s": _ias_vit,
+    "dopq": _dopq_vit,
     "ptq4vit": _ptq4vit,
     "adalog": _adalog,
 }

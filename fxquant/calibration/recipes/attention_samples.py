@@ -1,5 +1,6 @@
 """Samples of the operands of one attention while batches pass, in constant memory."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,9 +39,33 @@ class AttentionSampler:
         operands = {name: args[name] for name in "qkv"}
         if args["mask"] is not None:
             operands["mask"] = _additive(args["mask"]).expand(len(q), -1, q.shape[2], k.shape[2])
-        own = self._reservoirs.setdefault((q.shape[2], k.shape[2]), {})
         for name, x in operands.items():
-            own.setdefault(name, Reservoir(self._path, self._capacity, self._seed, item_dims=3)).observe(x)
+            self._reservoir(q.shape[2], k.shape[2], name).observe(x)
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """What ``restore`` takes: reservoirs by both lengths and the operand, and how the softmax is made."""
+        scale = math.nan if self._how.get("scale") is None else self._how["scale"]
+        how = {"is_causal": torch.tensor(bool(self._how.get("is_causal"))), "scale": torch.tensor(scale, dtype=torch.float64)}
+        return {
+            f"{queries} {keys} {name}": reservoir.state()
+            for (queries, keys), own in self._reservoirs.items()
+            for name, reservoir in own.items()
+        } | {"how": how}
+
+    def restore(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from states."""
+        for key, state in states.items():
+            if key == "how":
+                scale = float(state["scale"])
+                self._how = {"is_causal": bool(state["is_causal"]), "scale": None if math.isnan(scale) else scale}
+                continue
+            queries, keys, name = key.split()
+            reservoir = self._reservoir(int(queries), int(keys), name)
+            reservoir.restore(state)
+
+    def _reservoir(self, queries: int, keys: int, name: str) -> Reservoir:
+        own = self._reservoirs.setdefault((queries, keys), {})
+        return own.setdefault(name, Reservoir(self._path, self._capacity, self._seed, item_dims=3))
 
     def seen(self) -> SeenAttention:
         """The samples.

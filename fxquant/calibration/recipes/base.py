@@ -11,18 +11,20 @@ from fxquant.calibration.observer import MinMaxObserver
 from fxquant.calibration.observers import Gram, Moments, Observer, QuantileSketch, Reservoir
 from fxquant.calibration.qparams import StaticQParams, choose_qparams
 from fxquant.calibration.seen import Seen
-from fxquant.calibration.site import INACCURATE, Migration, SiteCalibration, WeightCodes, weight_digest
+from fxquant.calibration.site import INACCURATE, Migration, SiteCalibration, StaticCoding, WeightCodes, weight_digest
 from fxquant.calibration.study import LinearSite
 from fxquant.granularity import PerChannel
 from fxquant.schemes import Scheme
 
 SAMPLED_ROWS = 256  # of each input: enough for a search over a handful of candidates
+MANY_ROWS = 2048  # enough for quantiles of every channel
 Rounding = Callable[[Tensor, int, int, Seen], tuple[Tensor, Tensor]]  # (weight, bits, group, seen) → (codes, scale)
 OBSERVERS: Mapping[str, Callable[[str, int], Observer]] = {
     "gram": lambda site, seed: Gram(site),
     "moments": lambda site, seed: Moments(site, PerChannel(-1)),
     "quantiles": lambda site, seed: QuantileSketch(site),
     "rows": lambda site, seed: Reservoir(site, SAMPLED_ROWS, seed),
+    "many rows": lambda site, seed: Reservoir(site, MANY_ROWS, seed),
 }
 
 
@@ -69,7 +71,8 @@ class Gathered:
     @cached_property
     def seen(self) -> Seen:
         """The statistics that rounding methods and migrations read, as far as they were observed."""
-        gram, moments, rows = (self.observers.get(name) for name in ("gram", "moments", "rows"))
+        gram, moments = (self.observers.get(name) for name in ("gram", "moments"))
+        rows = self.observers.get("many rows", self.observers.get("rows"))
         found: dict[str, Tensor] = {}
         tokens = 0
         if isinstance(gram, Gram):
@@ -95,19 +98,22 @@ class Gathered:
 
     def calibrated(
         self,
-        static: StaticQParams | None = None,
+        static: StaticQParams | StaticCoding | None = None,
         factor: Tensor | None = None,
         rounding: Rounding | None = None,
         note: str | None = None,
+        shift: Tensor | None = None,
     ) -> SiteCalibration:
         """The site with these qparams or this factor, its weight rounded as the kernel will multiply it."""
         codes = None
         if rounding is not None:
-            by = static.steps if static is not None else factor
+            by = static.steps if isinstance(static, StaticQParams) else factor
             weight = self.weight if by is None else self.weight * by
-            seen = self.seen if by is None else self.seen.divided(by)
+            seen = self.seen if shift is None else self.seen.less(shift)
+            seen = seen if by is None else seen.divided(by)
             codes = self._codes(*rounding(weight, self.scheme.weight_bits, self.scheme.group, seen))
-        migration = None if factor is None else Migration(factor.to(torch.float32))
+        moved = [None if each is None else each.to(torch.float32) for each in (factor, shift)]
+        migration = Migration(*moved) if any(each is not None for each in moved) else None
         name, explicit = str(self.site.scheme), self.site.is_explicit
         return SiteCalibration(name, self.site.shape, static, migration, codes, note, explicit)
 
@@ -119,13 +125,15 @@ class Gathered:
 class Recipe:
     """One published method: ``observes`` are keys of ``OBSERVERS`` besides the extents, ``code`` gives a site its coding.
 
-    None: the site stays as an option without calibration would have it.
+    None: the site stays as an option without calibration would have it. ``codes_attention``:
+    ``recipes.attention`` has its codings of attention, which are part of the method.
     """
 
     name: str
     source: str
     code: Callable[[Gathered], SiteCalibration | None]
     observes: tuple[str, ...] = ()
+    codes_attention: bool = False
 
 
 def static_or_dynamic(gathered: Gathered, rounding: Rounding | None = None) -> SiteCalibration | None:

@@ -24,9 +24,10 @@ OTHERS = [name for name in METHODS if name != "minmax"]
 FORMATS = {
     "minmax": ("affine4", "affine4"),
     "fq-vit": ("affine4", "log2-4-ref_extra"),
-    "repq-vit": ("affine4", "log-sqrt2-4-ref_extra"),
-    "ias-vit": ("affine4", "sulq-4"),
-    "dopq-vit": ("affine4", "tanq-4"),
+    "repq": ("affine4", "log-sqrt2-4-ref_extra"),
+    "repquant": ("affine4", "log-sqrt2-4-ref_extra"),
+    "i&s": ("affine4", "sulq-4"),
+    "dopq": ("affine4", "tanq-4"),
     "ptq4vit": ("symmetric4", "twin-softmax-4"),
     "adalog": ("affine4", "adalog-4-ref_extra"),
 }
@@ -56,7 +57,7 @@ def test_every_operand_gets_a_coding_of_the_method(method: str) -> None:
     assert all(value.shape == (blocks, 1) for name in "qkv" for value in known.codings[name].qparams.values())
 
 
-@pytest.mark.parametrize("method", [name for name in OTHERS if name != "ias-vit"])  # whose codes are not better here
+@pytest.mark.parametrize("method", [name for name in OTHERS if name != "i&s"])  # whose codes are not better here
 def test_methods_code_probabilities_of_many_keys_better_than_their_extent_does(method: str) -> None:
     q, k, v = torch.randn(2, 2, 40, 16) * 2, torch.randn(2, 2, 197, 16), torch.randn(2, 2, 197, 16)
     found = SeenAttention("site", q, k, v)
@@ -66,7 +67,7 @@ def test_methods_code_probabilities_of_many_keys_better_than_their_extent_does(m
 
 def test_the_shift_of_sulq_is_searched() -> None:
     found = seen()
-    known = choose_attention(found, "ias-vit", 4).p
+    known = choose_attention(found, "i&s", 4).p
     assert known is not None
     errors = [
         float((known.coding.fake_quant(found.p, qparams) - found.p).square().mean())
