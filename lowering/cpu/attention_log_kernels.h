@@ -1,0 +1,91 @@
+// Codes of operands, and weights from scores, as templates over the vector type of attention_kernels.h, which has here beside
+// that: min (the second operand where one is NaN), div, store_rounded (whole numbers as int32, ties to even) and look_up of
+// int32 codes in a table, a short one of 16 entries (0 for codes beyond it) or a long one.
+#pragma once
+#include "attention_log_planes.h"
+#include "attention_log_table.h"
+#include "attention_softmax.h"
+
+#include <cstdint>
+
+namespace fxquant::attention {
+
+namespace {
+
+constexpr float kRoundCode = 12582912.f;  // adding it rounds to a whole number
+
+template <typename V>
+bool code_rows(const float* x, int64_t ld, int64_t rows, int64_t width, const float* scale, const float* low,
+               const float* high, float* to) {
+  constexpr int64_t L = V::kLanes;
+  const V round = V::set1(kRoundCode), zero = V::set1(0.f);
+  V seen = zero;
+  const auto coded = [&](V value, int64_t c) {
+    const V part = V::min(V::load(high + c), V::max(V::load(low + c), V::div(value, V::load(scale + c))));
+    const V code = V::sub(V::add(part, round), round);
+    seen = V::add(seen, V::mul(code, zero));
+    return code;
+  };
+  for (int64_t r = 0; r < rows; r++, x += ld, to += width) {
+    int64_t c = 0;
+    for (; c + L <= width; c += L) V::store(to + c, coded(V::load(x + c), c));
+    if (c < width) V::store_part(to + c, coded(V::load_part(x + c, width - c), c), width - c);
+  }
+  return V::sum(seen) != 0.f;  // a sum of zeros, or NaN
+}
+
+template <typename V>
+void multiply(float* s, int64_t count, float by) {
+  const V factor = V::set1(by);
+  for (int64_t j = 0; j < count; j += V::kLanes) V::store(s + j, V::mul(V::load(s + j), factor));
+}
+
+// 2^t for t <= 0 as exp2 has it, each operation rounded: the same bits everywhere.
+template <typename V>
+inline V exp2_rounded(V t) {
+  const V magic = V::set1(1572864.f + 127.f);
+  t = V::max(V::set1(-127.f), t);  // NaN stays
+  const V n = V::add(t, magic);
+  const V f = V::sub(t, V::sub(n, magic)), scale = V::eighths(n);
+  const V p = V::add(V::mul(V::add(V::mul(f, V::set1(0x1.c6a004p-5f)), V::set1(0x1.ec0c32p-3f)), f), V::set1(0x1.62e432p-1f));
+  return V::add(V::mul(V::mul(p, f), scale), scale);
+}
+
+// Sums in 16 lanes whatever the width of a vector.
+template <typename V>
+LogSum log_sum(float* s, int64_t count, int64_t padded) {
+  constexpr int64_t L = V::kLanes;
+  const float largest = V::front(highest<V>(s, count, padded));
+  const V shift = V::set1(largest == kHidden ? 0.f : largest);
+  V a = V::set1(0.f), b = a;
+  for (int64_t j = 0; j < padded; j += 16) {
+    a = V::add(a, exp2_rounded(V::sub(V::load(s + j), shift)));
+    if constexpr (L == 8) b = V::add(b, exp2_rounded(V::sub(V::load(s + j + 8), shift)));
+  }
+  if constexpr (L == 8) a = V::add(a, b);
+  return {largest, V::sum(a)};
+}
+
+template <typename V>
+void code_scores(float* s, int64_t padded, float lse, float factor, float zero, int32_t* codes) {
+  const V top = V::set1(lse), by = V::set1(factor), most = V::set1(zero), least = V::set1(0.f);
+  for (int64_t j = 0; j < padded; j += V::kLanes)  // the operand order makes a NaN the code of zero
+    V::store_rounded(codes + j, V::max(V::min(V::mul(by, V::sub(top, V::load(s + j))), most), least));
+}
+
+template <typename V>
+void look_up(const int32_t* codes, int64_t padded, const float* table, int64_t size, float* to) {
+  if (size == kShortTable)
+    for (int64_t j = 0; j < padded; j += V::kLanes) V::store(to + j, V::look_up_short(table, codes + j));
+  else
+    for (int64_t j = 0; j < padded; j += V::kLanes) V::store(to + j, V::look_up(table, codes + j));
+}
+
+template <typename V>
+constexpr LogKernels log_kernels() {
+  return {code_rows<V>, multiply<V>, log_sum<V>, code_scores<V>, look_up<V>};
+}
+
+}  // namespace
+
+}  // namespace fxquant::attention
