@@ -11,9 +11,9 @@ With the maximum m of a row, e(t) = 2^t by a table of eighths and a cubic, and L
     code = rne(min(max(k (lse - s), 0), zero))          k = 1 log2, 2 log√2, 37 / base AdaLog
 
 The weight of a code is ``δ 2^-shift mantissa / F``, times √2 for an odd code of log√2; that of the code ``zero`` is 0. The
-product is integer: in a plane are the weights of ``span + 1`` shifts (of one parity), as ``mantissa << (span - shift mod
-(span + 1))``, whose sums S = sum_j w_j v'_j stay below 2^24 (``planes_of``). One plane is enough for 4-bit log2. Then, in
-float32, with a unit of each plane::
+product is integer: in a plane are the weights of some shifts (of one parity), as ``mantissa << (last - shift)``, whose sums
+S = sum_j w_j v'_j stay below 2^24 (``groups_of``). One plane is enough for 4-bit log2. Then, in float32, with a unit
+``δ 2^-last / F`` (times √2) of each plane::
 
     y = (S_0 unit_0 + S_1 unit_1 + ...) * scale_v
 
@@ -32,7 +32,7 @@ from fxquant.reference.log_softmax_codes import LOG2_E
 LOG2, LOG_SQRT2, ADALOG = range(3)
 PARTS = 37  # of an octave of AdaLog
 FARTHEST = 31  # shifts beyond it count as zero
-MOST_SPAN = 22
+MOST_GROUPS = 4
 EXACT = 2**24
 SLACK = 1.001  # for the rounding of lse, far more than it is
 MAGIC = 1572864.0 + 127.0  # adding it rounds to eighths and leaves 8 (t + 127) in the low bits
@@ -78,37 +78,51 @@ class LogCodes:
 
 @dataclass(frozen=True)
 class Planes:
-    """Weights int64 [blocks, planes, codes + 1] and units float32 [blocks, planes]."""
+    """Weights int64 [blocks, planes, codes + 1], units float32 [blocks, planes], and whether no sum of products is rounded."""
 
     weights: Tensor
     units: Tensor
+    is_exact: bool
+
+
+def groups_of(p: LogCodes, keys: int, largest: int) -> tuple[list[range], bool]:
+    """Ranges of shifts, and whether all their sums are exact, for rows of ``keys`` keys and values up to ``largest``.
+
+    Σ 2^-shift mantissa / F over a row is at most Σ p / δ = 1 / δ times half a step and the rounding of the mantissa, and its
+    part from one shift on at most ``keys`` times the greatest of it. The last of four groups takes what is left, exact or not:
+    with AdaLog of many bits, many keys or a very small δ sums are rounded, by float32 and in the order of the keys.
+    """
+    step = torch.exp2(0.5 / p.factors) * (1 + 1 / p.denominator if p.family == ADALOG else 1.0)
+    total = float((step * SLACK / p.scale.reshape(-1).to(torch.float64)).amax())
+    farthest = min(max(int(p.levels(block)[0].max()) for block in range(p.scale.numel())), FARTHEST)
+    groups: list[range] = []
+    first, is_exact = 0, True
+    while first <= farthest:
+        limit = EXACT / (largest * min(float(keys), math.ldexp(total, first))) / p.denominator
+        last = min(first + math.frexp(limit)[1] - 1, farthest) if limit >= 1 else farthest
+        if len(groups) == MOST_GROUPS - 1 and last < farthest:
+            last, limit = farthest, 0.0
+        is_exact &= limit >= 1
+        groups.append(range(first, last + 1))
+        first = last + 1
+    return groups, is_exact
 
 
 def planes_of(p: LogCodes, keys: int, largest: int) -> Planes:
-    """The planes for rows of ``keys`` keys and values of magnitude ``largest`` at most.
-
-    Σ 2^-shift mantissa / F over a row is at most ``keys``, and at most Σ p / δ = 1 / δ times half a step and the rounding of
-    the mantissa: that bounds a plane's sums. AdaLog of 6 bits and more with a very small δ may have no exact plane; then the
-    span is 0 and sums are rounded.
-    """
-    step = torch.exp2(0.5 / p.factors) * (1 + 1 / p.denominator if p.family == ADALOG else 1.0)
-    most = float((step * SLACK / p.scale.reshape(-1).to(torch.float64)).clamp_max(keys).amax())
-    limit = EXACT / (largest * most) / p.denominator
-    span = 0 if limit < 1 else min(math.frexp(limit)[1] - 1, MOST_SPAN)
+    """The planes of every group: one, or for log√2 one of even and one of odd codes."""
+    groups, is_exact = groups_of(p, keys, largest)
     parities = 2 if p.family == LOG_SQRT2 else 1
-    levels = [p.levels(block) for block in range(p.scale.numel())]
-    farthest = min(max(int(shift.max()) for shift, *_ in levels), FARTHEST)
-    planes = (farthest // (span + 1) + 1) * parities
-    weights = torch.zeros(len(levels), planes, p.codes + 1, dtype=torch.int64)
-    units = torch.zeros(len(levels), planes, dtype=torch.float32)
-    for block, (shift, mantissa, is_odd) in enumerate(levels):
-        for plane in range(planes):
-            group, parity = plane // parities, plane % parities
-            mine = (shift // (span + 1) == group) & (is_odd == bool(parity)) & (shift <= FARTHEST)
-            weights[block, plane, :-1] = torch.where(mine, mantissa << (span - shift % (span + 1)), 0)
-            unit = math.ldexp(float(p.scale.reshape(-1)[block]), -(group * (span + 1) + span)) / p.denominator
+    weights = torch.zeros(p.scale.numel(), len(groups) * parities, p.codes + 1, dtype=torch.int64)
+    units = torch.zeros(weights.shape[:2], dtype=torch.float32)
+    for block in range(p.scale.numel()):
+        shift, mantissa, is_odd = p.levels(block)
+        for plane in range(weights.shape[1]):
+            group, parity = groups[plane // parities], plane % parities
+            mine = (shift >= group[0]) & (shift <= group[-1]) & (is_odd == bool(parity))
+            weights[block, plane, :-1] = torch.where(mine, mantissa << (group[-1] - shift).clamp_min(0), 0)
+            unit = math.ldexp(float(p.scale.reshape(-1)[block]), -group[-1]) / p.denominator
             units[block, plane] = unit * (math.sqrt(2.0) if parity else 1.0)
-    return Planes(weights, units)
+    return Planes(weights, units, is_exact)
 
 
 @dataclass(frozen=True)

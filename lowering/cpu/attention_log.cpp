@@ -116,7 +116,7 @@ struct Job {
   void pack_keys(int64_t head, int64_t i, const Head& to, const Scratch& scratch) const;
   void pack_values(int64_t head, int64_t from, int64_t end, const Head& to, const Scratch& scratch) const;
   float factor_of(int64_t head, int64_t h) const;
-  float weigh(int64_t head, int64_t h, int64_t i, int64_t used, float factor, float* s, const Scratch& scratch) const;
+  float weigh(int64_t head, int64_t h, int64_t i, int64_t used, float* s, const Scratch& scratch) const;
   void strip(int64_t head, int64_t h, int64_t i, int64_t count, const float* rows, int64_t ld, const Head& from,
              const Scratch& scratch) const;
   void finish(int64_t head, int64_t h, int64_t i, const float* sums, float lse, const Head& from) const;
@@ -174,10 +174,9 @@ float Job::factor_of(int64_t head, int64_t h) const {
   return static_cast<float>(factor);
 }
 
-// Sums of products of one row become its weights in every plane: those of plane 0 in their place. Returns lse.
-float Job::weigh(int64_t head, int64_t h, int64_t i, int64_t used, float factor, float* s, const Scratch& scratch) const {
+// Scores of one row become its weights in every plane: those of plane 0 in their place. Returns lse.
+float Job::weigh(int64_t head, int64_t h, int64_t i, int64_t used, float* s, const Scratch& scratch) const {
   const int64_t own = std::min(limit(i), used), padded = up(used, 16), at = block_of(h), of = row(head, h, i);
-  logs.multiply(s, own, factor);
   add_mask(p, batch_of(head), h, i, 0, own, s);
   const LogSum sum = logs.sum(s, own, padded);
   const double shift = std::isinf(sum.largest) && sum.largest < 0 ? 0. : static_cast<double>(sum.largest);
@@ -185,12 +184,10 @@ float Job::weigh(int64_t head, int64_t h, int64_t i, int64_t used, float factor,
                                    : static_cast<float>(shift + std::log2(static_cast<double>(sum.sum)) + planes.shifts[at]);
   if (trace.scores != nullptr) std::copy_n(s, own, trace.scores + of * p.keys);
   if (trace.lse != nullptr) trace.lse[of] = lse;
-  logs.code(s, padded, lse, planes.factors[at], static_cast<float>(format.p.codes), scratch.codes);
-  for (int64_t j = 0; j < own && trace.codes != nullptr; j++) trace.codes[of * p.keys + j] = static_cast<int16_t>(scratch.codes[j]);
-  logs.look_up(scratch.codes, padded, planes.table(at, 0), planes.size, s);
-  float* to = scratch.others + (s - scratch.scores);
-  for (int64_t plane = 1; plane < planes.count; plane++, to += kMostRows * stride)
-    logs.look_up(scratch.codes, padded, planes.table(at, plane), planes.size, to);
+  int32_t* codes = trace.codes == nullptr ? nullptr : scratch.codes;
+  logs.weigh(s, padded, {lse, planes.factors[at], static_cast<float>(format.p.codes)}, {planes.table(at, 0), planes.count, planes.size},
+             scratch.others + (s - scratch.scores), kMostRows * stride, codes);
+  for (int64_t j = 0; codes != nullptr && j < own; j++) trace.codes[of * p.keys + j] = static_cast<int16_t>(codes[j]);
   return lse;
 }
 
@@ -198,10 +195,10 @@ float Job::weigh(int64_t head, int64_t h, int64_t i, int64_t used, float factor,
 void Job::strip(int64_t head, int64_t h, int64_t i, int64_t count, const float* rows, int64_t ld, const Head& from,
                 const Scratch& scratch) const {
   const int64_t used = limit(i + count - 1), plane_sums = kMostRows * values_padded;
-  floats.product[count - 1](rows, ld, from.keys, panel * p.depth, used, p.depth, scratch.scores, stride, true, nullptr, nullptr);
-  const float factor = factor_of(head, h);
-  float lse[kMostRows];
-  for (int64_t r = 0; r < count; r++) lse[r] = weigh(head, h, i + r, used, factor, scratch.scores + r * stride, scratch);
+  float lse[kMostRows], by[kMostRows];
+  std::fill_n(by, count, factor_of(head, h));
+  floats.product[count - 1](rows, ld, from.keys, panel * p.depth, used, p.depth, scratch.scores, stride, true, by, nullptr);
+  for (int64_t r = 0; r < count; r++) lse[r] = weigh(head, h, i + r, used, scratch.scores + r * stride, scratch);
   for (int64_t plane = 0; plane < planes.count; plane++)
     floats.product[count - 1](plane == 0 ? scratch.scores : scratch.others + (plane - 1) * kMostRows * stride, stride, from.values,
                               panel * p.keys, p.value_depth, used, scratch.sums + plane * plane_sums, values_padded, true, nullptr,

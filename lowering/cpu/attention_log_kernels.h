@@ -1,6 +1,6 @@
 // Codes of operands, and weights from scores, as templates over the vector type of attention_kernels.h, which has here beside
-// that: min (the second operand where one is NaN), div, store_rounded (whole numbers as int32, ties to even) and look_up of
-// int32 codes in a table, a short one of 16 entries (0 for codes beyond it) or a long one.
+// that: min (the second operand where one is NaN), div, rounded (whole numbers as int32 words, ties to even), store_words and
+// look_up of words in a table, a short one of 16 entries (0 for codes beyond it) or a long one.
 #pragma once
 #include "attention_log_planes.h"
 #include "attention_log_table.h"
@@ -34,12 +34,6 @@ bool code_rows(const float* x, int64_t ld, int64_t rows, int64_t width, const fl
   return V::sum(seen) != 0.f;  // a sum of zeros, or NaN
 }
 
-template <typename V>
-void multiply(float* s, int64_t count, float by) {
-  const V factor = V::set1(by);
-  for (int64_t j = 0; j < count; j += V::kLanes) V::store(s + j, V::mul(V::load(s + j), factor));
-}
-
 // 2^t for t <= 0 as exp2 has it, each operation rounded: the same bits everywhere.
 template <typename V>
 inline V exp2_rounded(V t) {
@@ -66,24 +60,29 @@ LogSum log_sum(float* s, int64_t count, int64_t padded) {
   return {largest, V::sum(a)};
 }
 
-template <typename V>
-void code_scores(float* s, int64_t padded, float lse, float factor, float zero, int32_t* codes) {
-  const V top = V::set1(lse), by = V::set1(factor), most = V::set1(zero), least = V::set1(0.f);
-  for (int64_t j = 0; j < padded; j += V::kLanes)  // the operand order makes a NaN the code of zero
-    V::store_rounded(codes + j, V::max(V::min(V::mul(by, V::sub(top, V::load(s + j))), most), least));
+template <typename V, bool kIsShort>
+void weigh_row(float* s, int64_t padded, const LogRow& row, const LogTables& tables, float* others, int64_t stride,
+               int32_t* codes) {
+  const V top = V::set1(row.lse), by = V::set1(row.factor), most = V::set1(row.zero), least = V::set1(0.f);
+  for (int64_t j = 0; j < padded; j += V::kLanes) {  // the operand order makes a NaN the code of zero
+    const auto code = V::rounded(V::max(V::min(V::mul(by, V::sub(top, V::load(s + j))), most), least));
+    if (codes != nullptr) V::store_words(codes + j, code);
+    const auto weight = [&](const float* table) { return kIsShort ? V::look_up_short(table, code) : V::look_up(table, code); };
+    V::store(s + j, weight(tables.first));
+    for (int64_t plane = 1; plane < tables.count; plane++)
+      V::store(others + (plane - 1) * stride + j, weight(tables.first + plane * tables.size));
+  }
 }
 
 template <typename V>
-void look_up(const int32_t* codes, int64_t padded, const float* table, int64_t size, float* to) {
-  if (size == kShortTable)
-    for (int64_t j = 0; j < padded; j += V::kLanes) V::store(to + j, V::look_up_short(table, codes + j));
-  else
-    for (int64_t j = 0; j < padded; j += V::kLanes) V::store(to + j, V::look_up(table, codes + j));
+void weigh(float* s, int64_t padded, const LogRow& row, const LogTables& tables, float* others, int64_t stride, int32_t* codes) {
+  const auto of_size = tables.size == kShortTable ? weigh_row<V, true> : weigh_row<V, false>;
+  of_size(s, padded, row, tables, others, stride, codes);
 }
 
 template <typename V>
 constexpr LogKernels log_kernels() {
-  return {code_rows<V>, multiply<V>, log_sum<V>, code_scores<V>, look_up<V>};
+  return {code_rows<V>, log_sum<V>, weigh<V>};
 }
 
 }  // namespace

@@ -40,30 +40,39 @@ struct Family {
   }
 };
 
-// A sum of a row's weights is at most the number of its keys, and at most 1 / scale times half a step and the rounding of a
-// mantissa.
-int64_t span_of(const Family& family, int64_t blocks, int64_t keys, int32_t largest) {
+// The last shift of every group. A sum of a row's weights is at most 1 / scale times half a step and the rounding of a
+// mantissa, and its part from one shift on at most the number of keys times the greatest of it. The last group takes what is
+// left, exact or not.
+std::vector<int64_t> groups_of(const Family& family, int64_t blocks, int64_t keys, int32_t largest) {
   const double f = static_cast<double>(family.denominator());
-  double most = 0;
+  double total = 0;
+  int64_t farthest = 0;
   for (int64_t block = 0; block < blocks; block++) {
     const double step = std::exp2(0.5 / family.factor(block)) * (family.p.family == FXQUANT_ADALOG ? 1 + 1 / f : 1);
-    most = std::max(most, std::min(static_cast<double>(keys), step * kSlack / family.scale(block)));
+    total = std::max(total, step * kSlack / family.scale(block));
+    farthest = std::max(farthest, family.level(block, family.p.codes - 1).shift);
   }
-  const double limit = kExact / (largest * most) / f;
-  return limit >= 1 ? std::min<int64_t>(std::ilogb(limit), kMostSpan) : 0;  // NaN too
+  farthest = std::min(farthest, kFarthest);
+  std::vector<int64_t> groups;
+  for (int64_t first = 0, last; first <= farthest; first = last + 1) {
+    const double most = std::min(static_cast<double>(keys), std::ldexp(total, static_cast<int>(first)));
+    const double limit = kExact / (largest * most) / f;
+    const bool fits = limit >= 1 && static_cast<int64_t>(groups.size()) < kMostGroups - 1;  // not for a limit of NaN
+    last = fits ? std::min<int64_t>(first + std::ilogb(limit), farthest) : farthest;
+    groups.push_back(last);
+  }
+  return groups;
 }
 
 }  // namespace
 
 Planes planes_of(const fxquant_log_codes& p, int64_t blocks, int64_t keys, int32_t largest) {
   const Family family(p);
-  const int64_t span = span_of(family, blocks, keys, largest), parities = family.parities();
-  int64_t farthest = 0;
-  for (int64_t block = 0; block < blocks; block++) farthest = std::max(farthest, family.level(block, p.codes - 1).shift);
+  const std::vector<int64_t> groups = groups_of(family, blocks, keys, largest);
+  const int64_t parities = family.parities();
   Planes made;
-  made.count = (std::min(farthest, kFarthest) / (span + 1) + 1) * parities;
-  made.size = (p.codes + kShortTable) / kShortTable * kShortTable;  // the code of zero has an entry
-  if (p.codes == kShortTable) made.size = kShortTable;              // or is beyond a short table
+  made.count = static_cast<int64_t>(groups.size()) * parities;
+  made.size = p.codes == kShortTable ? kShortTable : (p.codes + kShortTable) / kShortTable * kShortTable;
   made.tables.assign(blocks * made.count * made.size, 0.f);
   for (int64_t block = 0; block < blocks; block++) {
     made.factors.push_back(static_cast<float>(family.factor(block)));
@@ -71,13 +80,14 @@ Planes planes_of(const fxquant_log_codes& p, int64_t blocks, int64_t keys, int32
     float* tables = made.tables.data() + block * made.count * made.size;
     for (int64_t code = 0; code < p.codes; code++) {
       const Level level = family.level(block, code);
-      if (level.shift > kFarthest) continue;
-      const int64_t plane = level.shift / (span + 1) * parities + level.is_odd;
-      tables[plane * made.size + code] = static_cast<float>(level.mantissa << (span - level.shift % (span + 1)));
+      if (level.shift > groups.back()) continue;
+      const int64_t group = std::lower_bound(groups.begin(), groups.end(), level.shift) - groups.begin();
+      const int64_t weight = level.mantissa << (groups[group] - level.shift);
+      tables[(group * parities + level.is_odd) * made.size + code] = static_cast<float>(weight);
     }
     for (int64_t plane = 0; plane < made.count; plane++) {
-      const int64_t shift = plane / parities * (span + 1) + span;
-      const double unit = std::ldexp(family.scale(block), -static_cast<int>(shift)) / static_cast<double>(family.denominator());
+      const double scale = std::ldexp(family.scale(block), -static_cast<int>(groups[plane / parities]));
+      const double unit = scale / static_cast<double>(family.denominator());
       made.units.push_back(static_cast<float>(unit * (plane % parities ? std::sqrt(2.0) : 1.0)));
     }
   }

@@ -11,12 +11,12 @@ namespace fxquant::attention {
 // numbers give the bits of shifts and adds, twice as fast as AVX2 shifts lanes by different counts.
 constexpr double kExact = 16777216.0;
 constexpr int64_t kFarthest = 31;  // shifts beyond it count as zero
-constexpr int64_t kMostSpan = 22;
+constexpr int64_t kMostGroups = 4;   // of shifts
 constexpr int64_t kParts = 37;  // of an octave of AdaLog
 constexpr int64_t kShortTable = 16;  // entries of a table that fits registers
 
 struct Planes {
-  int64_t count, size;  // planes; entries of a table, those beyond the codes are 0
+  int64_t count, size;  // planes; entries of a table, those beyond the codes are 0 (16 codes: without an entry for zero)
   std::vector<float> tables, units;  // [blocks][count][size] and [blocks][count]
   std::vector<float> factors;        // k of a block
   std::vector<double> shifts;        // log2 of the scale of a block

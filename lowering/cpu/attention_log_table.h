@@ -9,18 +9,29 @@ struct LogSum {
   float largest, sum;
 };
 
+// How the scores of a row become codes.
+struct LogRow {
+  float lse, factor, zero;
+};
+
+// Tables of weights, one after the other, of `size` entries each.
+struct LogTables {
+  const float* first;
+  int64_t count, size;
+};
+
 // What an instruction set gives to the driver.
 struct LogKernels {
   // to[r][c] = rne(min(max(x[r][c] / scale[c], low[c]), high[c])), a NaN stays. Whether there is one. Rows of `to` are `width`
   // long, scale, low and high have room for whole vectors.
   bool (*code_rows)(const float* x, int64_t ld, int64_t rows, int64_t width, const float* scale, const float* low,
                     const float* high, float* to);
-  void (*multiply)(float* s, int64_t count, float by);
   // Scores from `count` to `padded`, a multiple of 16, become minus infinity.
   LogSum (*sum)(float* s, int64_t count, int64_t padded);
-  // codes = rne(min(max(factor (lse - s), 0), zero)) in the place of the scores; `zero` for NaN.
-  void (*code)(float* s, int64_t padded, float lse, float factor, float zero, int32_t* codes);
-  void (*look_up)(const int32_t* codes, int64_t padded, const float* table, int64_t size, float* to);
+  // Scores become weights by code = rne(min(max(factor (lse - s), 0), zero)), `zero` for NaN: those of the first table in their
+  // place, the next ones in `others`, `stride` apart. codes may be null.
+  void (*weigh)(float* s, int64_t padded, const LogRow& row, const LogTables& tables, float* others, int64_t stride,
+                int32_t* codes);
 };
 
 extern const LogKernels kLogScalar, kLogAvx2, kLogAvx512;

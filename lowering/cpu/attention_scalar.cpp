@@ -37,13 +37,19 @@ struct Plain {
       return r;
     });
   }
-  static void store_rounded(int32_t* p, Plain a) {
-    for (int i = 0; i < 8; i++) p[i] = static_cast<int32_t>(std::nearbyint(a.v[i]));
+  struct Words {
+    int32_t v[8];
+  };
+  static Words rounded(Plain a) {
+    Words r;
+    for (int i = 0; i < 8; i++) r.v[i] = static_cast<int32_t>(std::nearbyint(a.v[i]));
+    return r;
   }
-  static Plain look_up_short(const float* table, const int32_t* p) {
-    return each([&](int i) { return p[i] < kShortTable ? table[p[i]] : 0.f; });
+  static void store_words(int32_t* p, Words words) { std::memcpy(p, words.v, sizeof words.v); }
+  static Plain look_up_short(const float* table, Words words) {
+    return each([&](int i) { return words.v[i] < kShortTable ? table[words.v[i]] : 0.f; });
   }
-  static Plain look_up(const float* table, const int32_t* p) { return each([&](int i) { return table[p[i]]; }); }
+  static Plain look_up(const float* table, Words words) { return each([&](int i) { return table[words.v[i]]; }); }
   static float front(Plain a) { return a.v[0]; }
   static Plain first_or(Plain a, int64_t n, Plain b) { return each([&](int i) { return i < n ? a.v[i] : b.v[i]; }); }
   static Plain highest(Plain a) { return set1(*std::max_element(a.v, a.v + 8)); }
