@@ -85,6 +85,11 @@ class Planes:
     is_exact: bool
 
 
+def largest_code(top: int, zero_point: Tensor | None) -> int:
+    """The greatest magnitude of a code less its zero point."""
+    return top if zero_point is None else int(torch.maximum(zero_point.abs(), (top - zero_point).abs()).amax())
+
+
 def groups_of(p: LogCodes, keys: int, largest: int) -> tuple[list[range], bool]:
     """Ranges of shifts, and whether all their sums are exact, for rows of ``keys`` keys and values up to ``largest``.
 
@@ -213,7 +218,9 @@ def attention_log(
         size = of(f"{name}_scale", is_channel)
         coded[name] = x if size is None else quantize(x, size, of(f"{name}_zero_point", is_channel), top)
     given = torch.tensor(q.shape[-1] ** -0.5 if scale is None else scale, dtype=torch.float32).to(torch.float64) * LOG2_E
-    spread = {name: value.repeat_interleave(groups, 1) if groups > 1 else value for name, value in coded.items() if name in "kv"}
+    spread = {
+        name: value.repeat_interleave(groups, 1) if groups > 1 else value for name, value in coded.items() if name in "kv"
+    }
     q_scale, k_scale, v_scale = (of(f"{name}_scale", name == "v" and v_axis == -1) for name in "qkv")
     if q_scale is not None and k_scale is not None:
         given = given * q_scale.to(torch.float64) * _spread(k_scale, groups).to(torch.float64)
@@ -224,7 +231,7 @@ def attention_log(
     block = torch.arange(heads)[:, None] * (p.scale.numel() > 1) if wide else torch.zeros(1, dtype=torch.int64)
     lse = log_sums(scores, p.scale.reshape(-1)[block] + rows)
     codes = code_scores(scores, lse, p.factors[block] + rows, p.codes)
-    found = planes_of(p, k.shape[-2], tops[2])
+    found = planes_of(p, k.shape[-2], largest_code(tops[2], qparams.get("v_zero_point")))
     is_bad = spread["v"].isnan()
     values = torch.where(is_bad, 0.0, spread["v"]).to(torch.float64)
     parts = []

@@ -26,10 +26,6 @@ constexpr int64_t kRowBlock = 96;            // rows of a task
 constexpr int64_t kAloneProducts = 1 << 16;  // below it, waking a second thread costs more than it does
 constexpr int64_t kPad = 16;                 // rows of scores do not share one set of the first-level cache
 
-int64_t blocks_of(const fxquant_attention_problem& p, const fxquant_log_codes& codes) {
-  return codes.head_step == 0 ? 1 : p.heads;
-}
-
 struct Job {
   const fxquant_attention_problem& p;
   const fxquant_log_attention& format;
@@ -45,7 +41,7 @@ struct Job {
         trace(wanted == nullptr ? fxquant_log_trace{} : *wanted),
         floats(*kFloats[fxquant_isa()]),
         logs(*kLogs[fxquant_isa()]),
-        planes(planes_of(format.p, blocks_of(p, format.p), p.keys, format.v.top)),
+        planes(planes_of(p, format)),
         groups(p.heads / p.kv_heads),
         heads(p.batch * p.kv_heads),
         panel(2 * floats.lanes),
@@ -239,7 +235,7 @@ void Job::block(int64_t head, int64_t h, int64_t first, const Head& from, const 
 }  // namespace
 
 extern "C" int64_t fxquant_attention_log_planes(const fxquant_attention_problem* problem, const fxquant_log_attention* format) {
-  return planes_of(format->p, blocks_of(*problem, format->p), problem->keys, format->v.top).count;
+  return planes_of(*problem, *format).count;
 }
 
 extern "C" void fxquant_attention_log(const fxquant_attention_problem* problem, const fxquant_log_attention* format,

@@ -40,10 +40,21 @@ struct Family {
   }
 };
 
+// The greatest magnitude of a code less its zero point.
+double largest_code(const fxquant_attention_problem& problem, const fxquant_uniform_codes& v) {
+  const float top = static_cast<float>(v.top);
+  if (v.zero_point == nullptr) return top;
+  const int64_t count = v.head_step != 0 ? problem.kv_heads : v.channel_step != 0 ? problem.value_depth : 1;
+  float largest = 0;
+  for (int64_t i = 0; i < count; i++)
+    largest = std::max({largest, std::abs(v.zero_point[i]), std::abs(top - v.zero_point[i])});
+  return largest;
+}
+
 // The last shift of every group. A sum of a row's weights is at most 1 / scale times half a step and the rounding of a
 // mantissa, and its part from one shift on at most the number of keys times the greatest of it. The last group takes what is
 // left, exact or not.
-std::vector<int64_t> groups_of(const Family& family, int64_t blocks, int64_t keys, int32_t largest) {
+std::vector<int64_t> groups_of(const Family& family, int64_t blocks, int64_t keys, double largest) {
   const double f = static_cast<double>(family.denominator());
   double total = 0;
   int64_t farthest = 0;
@@ -66,9 +77,11 @@ std::vector<int64_t> groups_of(const Family& family, int64_t blocks, int64_t key
 
 }  // namespace
 
-Planes planes_of(const fxquant_log_codes& p, int64_t blocks, int64_t keys, int32_t largest) {
+Planes planes_of(const fxquant_attention_problem& problem, const fxquant_log_attention& format) {
+  const fxquant_log_codes& p = format.p;
   const Family family(p);
-  const std::vector<int64_t> groups = groups_of(family, blocks, keys, largest);
+  const int64_t blocks = p.head_step == 0 ? 1 : problem.heads;
+  const std::vector<int64_t> groups = groups_of(family, blocks, problem.keys, largest_code(problem, format.v));
   const int64_t parities = family.parities();
   Planes made;
   made.count = static_cast<int64_t>(groups.size()) * parities;

@@ -24,7 +24,6 @@ struct Planes {
   const float* table(int64_t block, int64_t plane) const { return tables.data() + (block * count + plane) * size; }
 };
 
-// For `blocks` different codes of the weights, rows of `keys` keys and values of magnitude `largest` at most.
-Planes planes_of(const fxquant_log_codes& p, int64_t blocks, int64_t keys, int32_t largest);
+Planes planes_of(const fxquant_attention_problem& problem, const fxquant_log_attention& format);
 
 }  // namespace fxquant::attention

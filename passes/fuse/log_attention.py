@@ -52,7 +52,7 @@ def sentence(args: Mapping[str, Any], known: AttentionCalibration) -> str:
     scores = "exact scores of codes" if known.q is not None else "float scores"
     if not isinstance(keys, int):
         return f"codes of the weights straight from {scores}; their products with codes of v by exact shifts and adds"
-    found = reference.planes_of(codes_of(p), keys, _top(v))
+    found = reference.planes_of(codes_of(p), keys, reference.largest_code(_top(v), v.qparams.get("zero_point")))
     count = f"in {found.weights.shape[1]} sums" if found.weights.shape[1] > 1 else "in one sum"
     how = f"by exact shifts and adds, {count}" if found.is_exact else f"by shifts and adds {count}, rounded to float32"
     return f"codes of the weights straight from {scores}; their products with codes of v {how}"

@@ -252,7 +252,9 @@ def test_float_scores(form: LogFormat) -> None:
         torch.testing.assert_close(got.scores, wanted.scores, atol=1e-4, rtol=1e-4)
         assert torch.equal(got.lse, reference.log_sums(got.scores, codes.scale.reshape(()))), ISAS[isa]
         factor = codes.factors.expand(got.lse.shape)
-        assert torch.equal(got.codes, reference.code_scores(got.scores, got.lse, factor, codes.codes).to(torch.int16)), ISAS[isa]
+        assert torch.equal(got.codes, reference.code_scores(got.scores, got.lse, factor, codes.codes).to(torch.int16)), ISAS[
+            isa
+        ]
         assert float((got.codes != wanted.codes).double().mean()) < 1e-3
 
 
@@ -352,9 +354,7 @@ def test_bad_arguments_are_refused() -> None:
     given = list(arguments(4, known, known.tensors()))
 
     def call(**changed: Any) -> Tensor:
-        names = (
-            "q_scale q_zero k_scale k_zero v_scale v_zero p_scale p_base q_top k_top v_top per_channel family width codes".split()
-        )
+        names = "q_scale q_zero k_scale k_zero v_scale v_zero p_scale p_base q_top k_top v_top per_channel family width codes".split()
         values = [changed.get(name, value) for name, value in zip(names, given, strict=True)]
         return torch.ops.fxquant.attention_log(q, k, v, None, False, None, *values)  # type: ignore[no-any-return]
 
