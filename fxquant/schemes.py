@@ -34,8 +34,9 @@ VNNI (vpdpbusd) and in the scalar kernels every scheme is summed in 32 bits dire
 | w8a16, w4a16, w2a16, each with or without groups; w4a8 with groups | weights read as one stream, for few rows at a time |
 
 Any other widths of 2 to 8 bits, any other group size and an input that a calibration codes in a number format have no kernel:
-the specification runs in float, compiled, and the report says so. Schemes by number formats are those of ``fxquant.format_schemes``; weights of 4-bit tables are read by the
-kernel of streamed weights, all others run as their specification too.
+the specification runs in float, compiled, and the report says so. Schemes by number formats are those of
+``fxquant.format_schemes``; weights of 4-bit tables are read by the kernel of streamed weights, all others run as their
+specification too.
 
 ``auto`` lets fxquant pick per site and instruction set; ``float`` leaves a site as it is.
 

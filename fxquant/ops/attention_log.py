@@ -2,8 +2,8 @@
 
 Qparams are float32 of one block or one a head; those of v are one a channel with ``v_per_channel``. ``*_top`` are the greatest
 codes; an operand without zero point is symmetric, q and k without scale stay float. ``codes`` counts those other than zero.
-``attention_log_trace`` returns beside the result scores, lse, codes and the sums of every plane, for tests (0 where a causal row
-does not see the key).
+``attention_log_trace`` returns beside the result scores, lse, codes and the sums of every plane, for tests (0 where a causal
+row does not see the key).
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Attention with logarithmic codes against its reference: every bit of it, on every instruction set and with either thread count.
+"""Attention with logarithmic codes against its reference: every bit, on every instruction set and with one or two threads.
 
 Against the specification in float (``passes.quantize.attention``) at most one code in a thousand differs, by one.
 """
@@ -31,6 +31,8 @@ from fxquant.testing.kernels import LEVELS, at_most
 assert fxquant.ops.LIBRARY is not None
 HEADS, WHOLE = PerChannel(1), PerTensor()
 PARTS = ("out", "scores", "lse", "codes", "sums")
+QPARAMS = ("q_scale", "q_zero", "k_scale", "k_zero", "v_scale", "v_zero", "p_scale", "p_base")
+ARGUMENTS = (*QPARAMS, "q_top", "k_top", "v_top", "per_channel", "family", "width", "codes")
 FORMATS: list[LogFormat] = [
     Log2(4),
     Log2(3, "reserve_top"),
@@ -224,13 +226,13 @@ def test_masks(name: str) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("operand", ["q", "k", "v"])
-def test_what_is_not_finite(operand: str, value: float) -> None:
+@pytest.mark.parametrize("uniform", [Uniform(8), Uniform(4)], ids=str)
+def test_what_is_not_finite(uniform: Uniform, operand: str, value: float) -> None:
     """NaN shows in its row (q), in every row (k) or in its channel (v); infinities saturate."""
-    given = dict(zip("qkv", sample("value heads of another size"), strict=True))
-    known = known_of(given["q"], given["k"], given["v"], AdaLog(4), HEADS)
-    given[operand] = given[operand].clone()
-    given[operand][0, 1, 7, 3] = value
-    out = assert_equals_reference(*given.values(), known).out
+    q, k, v = (x.clone() for x in sample("value heads of another size"))
+    known = known_of(q, k, v, AdaLog(4), HEADS, uniform)
+    {"q": q, "k": k, "v": v}[operand][0, 1, 7, 3] = value
+    out = assert_equals_reference(q, k, v, known).out
     assert not out[:, 0].isnan().any()
     bad = {"q": out[0, 1, 7], "k": out[0, 1], "v": out[0, 1, :, 3]}[operand]
     assert bool(bad.isnan().all()) == math.isnan(value)
@@ -354,8 +356,7 @@ def test_bad_arguments_are_refused() -> None:
     given = list(arguments(4, known, known.tensors()))
 
     def call(**changed: Any) -> Tensor:
-        names = "q_scale q_zero k_scale k_zero v_scale v_zero p_scale p_base q_top k_top v_top per_channel family width codes".split()
-        values = [changed.get(name, value) for name, value in zip(names, given, strict=True)]
+        values = [changed.get(name, value) for name, value in zip(ARGUMENTS, given, strict=True)]
         return torch.ops.fxquant.attention_log(q, k, v, None, False, None, *values)  # type: ignore[no-any-return]
 
     three, two = torch.ones(3), torch.ones(2)
@@ -387,6 +388,6 @@ def test_the_operator_is_a_good_citizen() -> None:
 
 
 def test_the_library_exports_the_c_functions() -> None:
-    library: Any = ctypes.CDLL(str(load_library()))
-    assert isinstance(library.fxquant_attention_log, ctypes._CFuncPtr)
-    assert isinstance(library.fxquant_attention_log_planes, ctypes._CFuncPtr)
+    library = ctypes.CDLL(str(load_library()))
+    for name in ("fxquant_attention_log", "fxquant_attention_log_planes"):
+        assert isinstance(getattr(library, name), ctypes._CFuncPtr)  # type: ignore[attr-defined]
