@@ -42,10 +42,8 @@ def main() -> None:
         sys.exit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, **AVX2}))
     torch.set_num_threads(options.threads)
     print(f"fxquant {current_isa()}, {options.threads} threads, {HEADS} heads, {options.bits} bits\n")
-    print(
-        "| N x d | | us | specification, us | ratio | float kernel, us | ratio | SDPA, us | sums | cosine | to specification |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    head = ("N x d", "", "us", "specification", "ratio", "float kernel", "ratio", "SDPA", "sums", "cosine", "to specification")
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for tokens, depth in CASES:
         for method in METHODS:
             compare(tokens, depth, method, options.bits)
@@ -66,24 +64,16 @@ def compare(tokens: int, depth: int, method: str, bits: int) -> None:
     for run, kernel in ((fast, "attention_log"), (slow, None), (floats, "attention")):
         run(q, k, v)
         assert fxquant.report(run).sites[0].kernel == kernel
-    calls = [
-        lambda: fast(q, k, v),
-        lambda: slow(q, k, v),
-        lambda: floats(q, k, v),
-        lambda: scaled_dot_product_attention(q, k, v),
-    ]
-    times = [[spent(call) for call in calls] for _ in range(ROUNDS)]
+    calls = (fast, slow, floats, scaled_dot_product_attention)
+    times = [[spent(lambda call=call: call(q, k, v)) for call in calls] for _ in range(ROUNDS)]  # type: ignore[misc]
     low = [1e6 * sorted(column)[ROUNDS * 15 // 100] for column in zip(*times, strict=True)]
     to_slow, to_float = (statistics.median(row[i] / row[0] for row in times) for i in (1, 2))
     given = log_attention.arguments(4, known, known.tensors())
     sums = torch.ops.fxquant.attention_log_trace(q, k, v, None, False, None, *given)[4].shape[0]
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
-    cosines = f"{cosine(fast(q, k, v), exact):.4f} | {cosine(fast(q, k, v), slow(q, k, v)):.6f}"
-    print(
-        f"| {tokens}x{depth} | {method} | {low[0]:.0f} | {low[1]:.0f} | {to_slow:.1f} | {low[2]:.0f} | {to_float:.2f} | {low[3]:.0f} "
-        f"| {sums} | {cosines} |",
-        flush=True,
-    )
+    cosines = [f"{cosine(fast(q, k, v), other.double()):.4f}" for other in (exact, slow(q, k, v))]
+    times_us = [f"{low[0]:.0f}", f"{low[1]:.0f}", f"{to_slow:.1f}", f"{low[2]:.0f}", f"{to_float:.2f}", f"{low[3]:.0f}"]
+    print("| " + " | ".join([f"{tokens}x{depth}", method, *times_us, str(sums), *cosines]) + " |", flush=True)
 
 
 # Three functions: Dynamo keeps what it compiled by the code of a function.

@@ -1,8 +1,9 @@
 // Attention with logarithmic codes of its weights, straight from the scores. Keys and values of a head are coded and packed
 // into panels, then strips of query rows get their scores over all keys, the codes of their weights, and their sums. Codes are
-// whole numbers in float32 and their sums stay below 2^24: the products of the float kernels are exact on them. Where work is
-// cut never depends on the number of workers.
+// whole numbers in float32 and their sums stay below 2^24: the products of the float kernels are exact on them. Small codes of
+// q and k take the product of 6-bit codes, which is faster. Where work is cut never depends on the number of workers.
 #include "attention_log.h"
+#include "attention_int_table.h"
 #include "attention_log_planes.h"
 #include "attention_log_table.h"
 #include "attention_mask.h"
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 using namespace fxquant::attention;
@@ -21,6 +23,7 @@ namespace {
 
 constexpr const Kernels* kFloats[] = {&kScalar, &kAvx2, &kAvx2, &kAvx512};
 constexpr const LogKernels* kLogs[] = {&kLogScalar, &kLogAvx2, &kLogAvx2, &kLogAvx512};
+constexpr const IntKernels* kInts[] = {&kIntScalar, &kIntAvx2, &kIntAvxVnni, &kIntAvx512};
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kRowBlock = 96;            // rows of a task
 constexpr int64_t kAloneProducts = 1 << 16;  // below it, waking a second thread costs more than it does
@@ -32,8 +35,10 @@ struct Job {
   const fxquant_log_trace trace;
   const Kernels& floats;
   const LogKernels& logs;
+  const IntKernels& ints;
   const Planes planes;
-  int64_t groups, heads, panel, panels, stride, values_padded, bounds;
+  const Product* small;  // of q and k; null: that of the float kernels
+  int64_t groups, heads, panel, panels, stride, values_padded, words, byte_stride;
 
   Job(const fxquant_attention_problem& problem, const fxquant_log_attention& given, const fxquant_log_trace* wanted)
       : p(problem),
@@ -41,34 +46,56 @@ struct Job {
         trace(wanted == nullptr ? fxquant_log_trace{} : *wanted),
         floats(*kFloats[fxquant_isa()]),
         logs(*kLogs[fxquant_isa()]),
+        ints(*kInts[fxquant_isa()]),
         planes(planes_of(p, format)),
+        small(is_coded() && std::max(largest_code(format.q, p.heads, 0), largest_code(format.k, p.kv_heads, 0)) <= top_code(6)
+                  ? &ints.six
+                  : nullptr),
         groups(p.heads / p.kv_heads),
         heads(p.batch * p.kv_heads),
         panel(2 * floats.lanes),
         panels((p.keys + panel - 1) / panel),
         stride(panels * panel + kPad),
         values_padded(up(p.value_depth, panel)),
-        bounds(up(std::max(p.depth, p.value_depth), panel)) {}
+        words(ints.six.words(p.depth)),
+        byte_stride(up(words * 4, 32)) {}
 
-  // Scale and limits of the codes of a row, and what a key head is packed into.
+  // Scale and limits of the codes of a row.
   struct Bounds {
     float *scale, *low, *high;
   };
+  // What a key head is packed into: keys as floats, or as small codes with a scale of 1, NaN where there is one.
   struct Head {
-    float *keys, *values, *value_scales;
+    Bounds key_bounds, value_bounds;
+    float *keys, *key_scales, *values, *value_scales;
+    uint8_t* codes;
   };
   // What a worker needs for a panel or a block of rows.
   struct Scratch {
     Bounds bounds;
-    float *rows, *scores, *others, *sums;
+    float *rows, *row_scales, *scores, *others, *sums;
+    uint8_t* bytes;
     int32_t* codes;
   };
+  Bounds bounds_of(Parts& parts, int64_t width) const {
+    const int64_t padded = up(width, panel);
+    return {parts.take<float>(padded), parts.take<float>(padded), parts.take<float>(padded)};
+  }
   Head head_of(Parts& parts) const {
-    return {parts.take<float>(panels * panel * p.depth), parts.take<float>(values_padded * p.keys), parts.take<float>(values_padded)};
+    Head h;
+    h.key_bounds = bounds_of(parts, p.depth), h.value_bounds = bounds_of(parts, p.value_depth);
+    h.keys = parts.take<float>(small == nullptr ? panels * panel * p.depth : 0);
+    h.key_scales = parts.take<float>(small == nullptr ? 0 : panels * panel);
+    h.codes = parts.take<uint8_t>(small == nullptr ? 0 : panels * panel / kPanelKeys * small->panel_bytes(words));
+    h.values = parts.take<float>(values_padded * p.keys);
+    h.value_scales = parts.take<float>(values_padded);
+    return h;
   }
   Scratch scratch_of(Parts& parts) const {
     Scratch s;
-    for (float** each : {&s.bounds.scale, &s.bounds.low, &s.bounds.high}) *each = parts.take<float>(bounds);
+    s.bounds = bounds_of(parts, p.depth);
+    s.row_scales = parts.take<float>(kRowBlock);
+    s.bytes = parts.take<uint8_t>(small == nullptr ? 0 : kRowBlock * byte_stride);
     s.rows = parts.take<float>(std::max(kRowBlock * p.depth, panel * std::max(p.depth, p.value_depth)));
     s.scores = parts.take<float>(kMostRows * stride);
     s.others = parts.take<float>((planes.count - 1) * kMostRows * stride);
@@ -110,10 +137,13 @@ struct Job {
   void set_bounds(const fxquant_uniform_codes& codes, int64_t head, int64_t width, const Bounds& to) const;
   void prepare(int64_t head, const Head& to) const;
   void pack_keys(int64_t head, int64_t i, const Head& to, const Scratch& scratch) const;
+  void pack_small(int64_t first, const float* rows, const Head& to, const Scratch& scratch) const;
   void pack_values(int64_t head, int64_t from, int64_t end, const Head& to, const Scratch& scratch) const;
   float factor_of(int64_t head, int64_t h) const;
   float weigh(int64_t head, int64_t h, int64_t i, int64_t used, float* s, const Scratch& scratch) const;
-  void strip(int64_t head, int64_t h, int64_t i, int64_t count, const float* rows, int64_t ld, const Head& from,
+  void score(int64_t r, int64_t count, const float* rows, int64_t ld, int64_t used, const Head& from,
+             const Scratch& scratch) const;
+  void strip(int64_t head, int64_t h, int64_t first, int64_t r, int64_t count, const float* rows, int64_t ld, const Head& from,
              const Scratch& scratch) const;
   void finish(int64_t head, int64_t h, int64_t i, const float* sums, float lse, const Head& from) const;
   void block(int64_t head, int64_t h, int64_t first, const Head& from, const Scratch& scratch) const;
@@ -132,28 +162,45 @@ void Job::set_bounds(const fxquant_uniform_codes& codes, int64_t head, int64_t w
 }
 
 void Job::prepare(int64_t head, const Head& to) const {
-  const fxquant_uniform_codes& v = format.v;
-  for (int64_t c = 0; c < p.value_depth; c++) to.value_scales[c] = v.scale[head % p.kv_heads * v.head_step + c * v.channel_step];
+  if (is_coded()) set_bounds(format.k, head % p.kv_heads, p.depth, to.key_bounds);
+  set_bounds(format.v, head % p.kv_heads, p.value_depth, to.value_bounds);
+  std::copy_n(to.value_bounds.scale, values_padded, to.value_scales);
+}
+
+// NaN among rows of codes becomes 0, and the scale of its row NaN.
+void scrub(float* rows, int64_t count, int64_t width, float* scales) {
+  for (int64_t at = 0; at < count * width; at++)
+    if (std::isnan(rows[at])) rows[at] = 0.f, scales[at / width] = std::numeric_limits<float>::quiet_NaN();
+}
+
+// One panel of keys as small codes; keys that are missing have codes 0.
+void Job::pack_small(int64_t first, const float* rows, const Head& to, const Scratch& scratch) const {
+  const int64_t count = std::clamp<int64_t>(p.keys - first, 0, kPanelKeys);
+  ints.encode(rows, count, p.depth, {6, 0, small->code_bytes}, scratch.bytes, byte_stride);
+  for (int64_t j = count; j < kPanelKeys; j++) std::memset(scratch.bytes + j * byte_stride, 0, words * 4);
+  uint8_t* codes = to.codes + first / kPanelKeys * small->panel_bytes(words);
+  ints.pack(scratch.bytes, byte_stride, words, codes + small->start_bytes(words));
+  if (small->start != nullptr) small->start(codes, words);
 }
 
 void Job::pack_keys(int64_t head, int64_t i, const Head& to, const Scratch& scratch) const {
   const int64_t first = i * panel, count = std::min(panel, p.keys - first);
+  const Bounds& bounds = to.key_bounds;
   const float* rows = key(head, first);
-  int64_t ld = p.k_stride[2];
-  if (is_coded()) {
-    set_bounds(format.k, head % p.kv_heads, p.depth, scratch.bounds);
-    logs.code_rows(rows, ld, count, p.depth, scratch.bounds.scale, scratch.bounds.low, scratch.bounds.high, scratch.rows);
-    rows = scratch.rows, ld = p.depth;
-  }
-  floats.pack_keys(rows, ld, count, p.depth, 1.f, to.keys + first * p.depth);
+  if (!is_coded()) return floats.pack_keys(rows, p.k_stride[2], count, p.depth, 1.f, to.keys + first * p.depth);
+  const bool has_nan = logs.code_rows(rows, p.k_stride[2], count, p.depth, bounds.scale, bounds.low, bounds.high, scratch.rows);
+  if (small == nullptr) return floats.pack_keys(scratch.rows, p.depth, count, p.depth, 1.f, to.keys + first * p.depth);
+  std::fill_n(to.key_scales + first, panel, 1.f);
+  if (has_nan) scrub(scratch.rows, count, p.depth, to.key_scales + first);
+  for (int64_t j = 0; j < panel; j += kPanelKeys) pack_small(first + j, scratch.rows + j * p.depth, to, scratch);
 }
 
 // The values of at most a panel of keys. A NaN counts as 0 and makes its channel NaN, whatever its weight.
 void Job::pack_values(int64_t head, int64_t from, int64_t end, const Head& to, const Scratch& scratch) const {
   const int64_t count = end - from, width = p.value_depth;
-  set_bounds(format.v, head % p.kv_heads, width, scratch.bounds);
-  const bool has_nan = logs.code_rows(value(head, from), p.v_stride[2], count, width, scratch.bounds.scale, scratch.bounds.low,
-                                      scratch.bounds.high, scratch.rows);
+  const Bounds& bounds = to.value_bounds;
+  const bool has_nan =
+      logs.code_rows(value(head, from), p.v_stride[2], count, width, bounds.scale, bounds.low, bounds.high, scratch.rows);
   for (int64_t at = 0; has_nan && at < count * width; at++)
     if (std::isnan(scratch.rows[at])) {
       scratch.rows[at] = 0.f;
@@ -187,30 +234,37 @@ float Job::weigh(int64_t head, int64_t h, int64_t i, int64_t used, float* s, con
   return lse;
 }
 
-// One strip of rows of query head h; `rows` are theirs, coded if q has codes.
-void Job::strip(int64_t head, int64_t h, int64_t i, int64_t count, const float* rows, int64_t ld, const Head& from,
+// Scores of rows r to r + count of a block against `used` keys; `rows` are theirs where codes are not small.
+void Job::score(int64_t r, int64_t count, const float* rows, int64_t ld, int64_t used, const Head& from,
                 const Scratch& scratch) const {
-  const int64_t used = limit(i + count - 1), plane_sums = kMostRows * values_padded;
-  float lse[kMostRows], by[kMostRows];
-  std::fill_n(by, count, factor_of(head, h));
-  floats.product[count - 1](rows, ld, from.keys, panel * p.depth, used, p.depth, scratch.scores, stride, true, by, nullptr);
-  for (int64_t r = 0; r < count; r++) lse[r] = weigh(head, h, i + r, used, scratch.scores + r * stride, scratch);
+  const float* scales = scratch.row_scales + r;
+  if (small == nullptr)
+    return floats.product[count - 1](rows, ld, from.keys, panel * p.depth, used, p.depth, scratch.scores, stride, true, scales, nullptr);
+  for (int64_t j = 0; j < used; j += kPanelKeys)
+    for (int64_t i = 0; i < count; i += ints.rows)
+      small->tiles[std::min(ints.rows, count - i) - 1](
+          scratch.bytes + (r + i) * byte_stride, byte_stride, from.codes + j / kPanelKeys * small->panel_bytes(words), words,
+          scales + i, from.key_scales + j, scratch.scores + i * stride + j, stride);
+}
+
+// One strip of rows of query head h from row r of the block that starts at `first`.
+void Job::strip(int64_t head, int64_t h, int64_t first, int64_t r, int64_t count, const float* rows, int64_t ld, const Head& from,
+                const Scratch& scratch) const {
+  const int64_t i = first + r, used = limit(i + count - 1), plane_sums = kMostRows * values_padded;
+  float lse[kMostRows];
+  score(r, count, rows, ld, used, from, scratch);
+  for (int64_t n = 0; n < count; n++) lse[n] = weigh(head, h, i + n, used, scratch.scores + n * stride, scratch);
   for (int64_t plane = 0; plane < planes.count; plane++)
     floats.product[count - 1](plane == 0 ? scratch.scores : scratch.others + (plane - 1) * kMostRows * stride, stride, from.values,
                               panel * p.keys, p.value_depth, used, scratch.sums + plane * plane_sums, values_padded, true, nullptr,
                               nullptr);
-  for (int64_t r = 0; r < count; r++) finish(head, h, i + r, scratch.sums + r * values_padded, lse[r], from);
+  for (int64_t n = 0; n < count; n++) finish(head, h, i + n, scratch.sums + n * values_padded, lse[n], from);
 }
 
 void Job::finish(int64_t head, int64_t h, int64_t i, const float* sums, float lse, const Head& from) const {
   float* to = output(head, h, i);
   const float* units = planes.units.data() + block_of(h) * planes.count;
-  for (int64_t c = 0; c < p.value_depth; c++) to[c] = sums[c] * units[0];
-  for (int64_t plane = 1; plane < planes.count; plane++) {
-    const float* more = sums + plane * kMostRows * values_padded;
-    for (int64_t c = 0; c < p.value_depth; c++) to[c] += more[c] * units[plane];
-  }
-  for (int64_t c = 0; c < p.value_depth; c++) to[c] *= from.value_scales[c];
+  logs.finish(sums, kMostRows * values_padded, units, planes.count, from.value_scales, p.value_depth, to);
   if (std::isnan(lse)) std::fill_n(to, p.value_depth, lse);
   for (int64_t plane = 0; plane < planes.count && trace.sums != nullptr; plane++)
     std::copy_n(sums + plane * kMostRows * values_padded, p.value_depth,
@@ -221,14 +275,20 @@ void Job::block(int64_t head, int64_t h, int64_t first, const Head& from, const 
   const int64_t count = std::min(kRowBlock, p.queries - first), strips = (count + floats.rows - 1) / floats.rows;
   const float* rows = query(head, h, first);
   int64_t ld = p.q_stride[2];
+  std::fill_n(scratch.row_scales, count, factor_of(head, h));
   if (is_coded()) {
-    set_bounds(format.q, h, p.depth, scratch.bounds);
-    logs.code_rows(rows, ld, count, p.depth, scratch.bounds.scale, scratch.bounds.low, scratch.bounds.high, scratch.rows);
+    const Bounds& bounds = scratch.bounds;
+    set_bounds(format.q, h, p.depth, bounds);
+    const bool has_nan = logs.code_rows(rows, ld, count, p.depth, bounds.scale, bounds.low, bounds.high, scratch.rows);
     rows = scratch.rows, ld = p.depth;
+    if (small != nullptr) {
+      if (has_nan) scrub(scratch.rows, count, p.depth, scratch.row_scales);
+      ints.encode(rows, count, p.depth, {6, small->offset, small->code_bytes}, scratch.bytes, byte_stride);
+    }
   }
   for (int64_t n = 0; n < strips; n++) {  // of about the same height: a strip of one or two rows wastes the multipliers
     const int64_t r = n * count / strips, end = (n + 1) * count / strips;
-    strip(head, h, first + r, end - r, rows + r * ld, ld, from, scratch);
+    strip(head, h, first, r, end - r, rows + r * ld, ld, from, scratch);
   }
 }
 

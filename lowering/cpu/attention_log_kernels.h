@@ -81,8 +81,22 @@ void weigh(float* s, int64_t padded, const LogRow& row, const LogTables& tables,
 }
 
 template <typename V>
+void finish(const float* sums, int64_t stride, const float* units, int64_t count, const float* scale, int64_t width, float* to) {
+  constexpr int64_t L = V::kLanes;
+  const auto value = [&](int64_t c) {
+    V y = V::mul(V::load(sums + c), V::set1(units[0]));
+    for (int64_t plane = 1; plane < count; plane++)
+      y = V::add(y, V::mul(V::load(sums + plane * stride + c), V::set1(units[plane])));
+    return V::mul(y, V::load(scale + c));
+  };
+  int64_t c = 0;
+  for (; c + L <= width; c += L) V::store(to + c, value(c));
+  if (c < width) V::store_part(to + c, value(c), width - c);
+}
+
+template <typename V>
 constexpr LogKernels log_kernels() {
-  return {code_rows<V>, log_sum<V>, weigh<V>};
+  return {code_rows<V>, log_sum<V>, weigh<V>, finish<V>};
 }
 
 }  // namespace

@@ -40,17 +40,6 @@ struct Family {
   }
 };
 
-// The greatest magnitude of a code less its zero point.
-double largest_code(const fxquant_attention_problem& problem, const fxquant_uniform_codes& v) {
-  const float top = static_cast<float>(v.top);
-  if (v.zero_point == nullptr) return top;
-  const int64_t count = v.head_step != 0 ? problem.kv_heads : v.channel_step != 0 ? problem.value_depth : 1;
-  float largest = 0;
-  for (int64_t i = 0; i < count; i++)
-    largest = std::max({largest, std::abs(v.zero_point[i]), std::abs(top - v.zero_point[i])});
-  return largest;
-}
-
 // The last shift of every group. A sum of a row's weights is at most 1 / scale times half a step and the rounding of a
 // mantissa, and its part from one shift on at most the number of keys times the greatest of it. The last group takes what is
 // left, exact or not.
@@ -77,11 +66,22 @@ std::vector<int64_t> groups_of(const Family& family, int64_t blocks, int64_t key
 
 }  // namespace
 
+float largest_code(const fxquant_uniform_codes& codes, int64_t heads, int64_t channels) {
+  const float top = static_cast<float>(codes.top);
+  if (codes.zero_point == nullptr) return top;
+  const int64_t count = codes.head_step != 0 ? heads : codes.channel_step != 0 ? channels : 1;
+  float largest = 0;
+  for (int64_t i = 0; i < count; i++)
+    largest = std::max({largest, std::abs(codes.zero_point[i]), std::abs(top - codes.zero_point[i])});
+  return largest;
+}
+
 Planes planes_of(const fxquant_attention_problem& problem, const fxquant_log_attention& format) {
   const fxquant_log_codes& p = format.p;
   const Family family(p);
   const int64_t blocks = p.head_step == 0 ? 1 : problem.heads;
-  const std::vector<int64_t> groups = groups_of(family, blocks, problem.keys, largest_code(problem, format.v));
+  const double largest = largest_code(format.v, problem.kv_heads, problem.value_depth);
+  const std::vector<int64_t> groups = groups_of(family, blocks, problem.keys, largest);
   const int64_t parities = family.parities();
   Planes made;
   made.count = static_cast<int64_t>(groups.size()) * parities;

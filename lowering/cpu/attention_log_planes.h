@@ -24,6 +24,9 @@ struct Planes {
   const float* table(int64_t block, int64_t plane) const { return tables.data() + (block * count + plane) * size; }
 };
 
+// The greatest magnitude of a code less its zero point, over a number of heads or channels.
+float largest_code(const fxquant_uniform_codes& codes, int64_t heads, int64_t channels);
+
 Planes planes_of(const fxquant_attention_problem& problem, const fxquant_log_attention& format);
 
 }  // namespace fxquant::attention

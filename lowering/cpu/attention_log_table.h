@@ -32,6 +32,9 @@ struct LogKernels {
   // place, the next ones in `others`, `stride` apart. codes may be null.
   void (*weigh)(float* s, int64_t padded, const LogRow& row, const LogTables& tables, float* others, int64_t stride,
                 int32_t* codes);
+  // to[c] = (sums[c] units[0] + sums[c + stride] units[1] + ...) scale[c], from left to right. scale has room for whole vectors.
+  void (*finish)(const float* sums, int64_t stride, const float* units, int64_t count, const float* scale, int64_t width,
+                 float* to);
 };
 
 extern const LogKernels kLogScalar, kLogAvx2, kLogAvx512;

@@ -1,4 +1,4 @@
-// Attention with logarithmic codes: families, masks of both kinds, the causal rule, grouped heads, ragged sizes, strides, and
+// Attention with logarithmic codes: families, small and large codes of q and k, masks of both kinds, the causal rule, grouped heads, ragged sizes, strides, and
 // both ways to share the work. Every bit must be that of the scalar kernels, where q and k have codes.
 #include "attention_log.h"
 
@@ -31,7 +31,11 @@ void shape(Run& run, const Shape& s, const Codes& codes, int32_t variant) {
   const Guarded<float> v = finite ? run.normals(keys * (e + pad)) : run.rows(keys, e, e + pad);
   const Guarded<float> added = run.normals(n * m), steps = run.buffer<float>(heads), zeros = run.buffer<float>(heads);
   const Guarded<float> scales = run.buffer<float>(heads), bases = run.buffer<float>(heads), channels = run.buffer<float>(e);
-  for (int64_t h = 0; h < heads; h++) steps[h] = 0.02f + 0.01f * h, zeros[h] = 100.f + h, scales[h] = 1.f, bases[h] = 9.f + 7.f * h;
+  const bool is_small = variant >= 2;
+  for (int64_t h = 0; h < heads; h++) {
+    steps[h] = (is_small ? 0.3f : 0.02f) + 0.01f * h, zeros[h] = (is_small ? 6.f : 100.f) + h;
+    scales[h] = 1.f, bases[h] = 9.f + 7.f * h;
+  }
   for (float& step : channels) step = 0.03f;
   const Guarded<uint8_t> hidden = run.buffer<uint8_t>(m);
   for (uint8_t& seen : hidden) seen = run.random() % 4 != 0;
@@ -44,7 +48,7 @@ void shape(Run& run, const Shape& s, const Codes& codes, int32_t variant) {
   p.scale = 0.3f, p.causal = variant == 2;
   if (variant == 0) p.mask = added.data(), p.mask_kind = FXQUANT_MASK_FLOAT, p.mask_stride[2] = m, p.mask_stride[3] = 1;
   if (variant == 1) p.mask = hidden.data(), p.mask_kind = FXQUANT_MASK_BOOL, p.mask_stride[3] = 1;
-  const fxquant_uniform_codes affine{steps.data(), zeros.data(), 1, 0, 255}, symmetric{channels.data(), nullptr, 0, 1, 127};
+  const fxquant_uniform_codes affine{steps.data(), zeros.data(), 1, 0, is_small ? 31 : 255}, symmetric{channels.data(), nullptr, 0, 1, 127};
   const bool is_adaptive = codes.family == FXQUANT_ADALOG;
   const fxquant_log_attention format{
       affine, affine, variant % 2 ? symmetric : affine,
