@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", choices=["avx2"], help="hold torch, oneDNN and MKL to AVX2 too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--bits", type=int, default=4, help="of every operand")
+    parser.add_argument("--bits", type=int, default=4, choices=range(3, 8), help="of every operand")
     options = parser.parse_args()
     if options.isa and os.environ.get("FXQUANT_ISA") != options.isa:
         sys.exit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, **AVX2}))

@@ -27,6 +27,7 @@ constexpr const IntKernels* kInts[] = {&kIntScalar, &kIntAvx2, &kIntAvxVnni, &kI
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kRowBlock = 96;            // rows of a task
 constexpr int64_t kAloneProducts = 1 << 16;  // below it, waking a second thread costs more than it does
+static_assert(kMostTables == 2 * kMostGroups);
 constexpr int64_t kPad = 16;                 // rows of scores do not share one set of the first-level cache
 
 struct Job {
@@ -140,7 +141,7 @@ struct Job {
   void pack_small(int64_t first, const float* rows, const Head& to, const Scratch& scratch) const;
   void pack_values(int64_t head, int64_t from, int64_t end, const Head& to, const Scratch& scratch) const;
   float factor_of(int64_t head, int64_t h) const;
-  float weigh(int64_t head, int64_t h, int64_t i, int64_t used, float* s, const Scratch& scratch) const;
+  float weigh(int64_t head, int64_t h, int64_t i, int64_t used, float* s, const Scratch& scratch, uint32_t& in_use) const;
   void score(int64_t r, int64_t count, const float* rows, int64_t ld, int64_t used, const Head& from,
              const Scratch& scratch) const;
   void strip(int64_t head, int64_t h, int64_t first, int64_t r, int64_t count, const float* rows, int64_t ld, const Head& from,
@@ -217,8 +218,8 @@ float Job::factor_of(int64_t head, int64_t h) const {
   return static_cast<float>(factor);
 }
 
-// Scores of one row become its weights in every plane: those of plane 0 in their place. Returns lse.
-float Job::weigh(int64_t head, int64_t h, int64_t i, int64_t used, float* s, const Scratch& scratch) const {
+// Scores of one row become its weights in every plane: those of plane 0 in their place. Returns lse; adds the planes in use.
+float Job::weigh(int64_t head, int64_t h, int64_t i, int64_t used, float* s, const Scratch& scratch, uint32_t& in_use) const {
   const int64_t own = std::min(limit(i), used), padded = up(used, 16), at = block_of(h), of = row(head, h, i);
   add_mask(p, batch_of(head), h, i, 0, own, s);
   const LogSum sum = logs.sum(s, own, padded);
@@ -228,8 +229,9 @@ float Job::weigh(int64_t head, int64_t h, int64_t i, int64_t used, float* s, con
   if (trace.scores != nullptr) std::copy_n(s, own, trace.scores + of * p.keys);
   if (trace.lse != nullptr) trace.lse[of] = lse;
   int32_t* codes = trace.codes == nullptr ? nullptr : scratch.codes;
-  logs.weigh(s, padded, {lse, planes.factors[at], static_cast<float>(format.p.codes)}, {planes.table(at, 0), planes.count, planes.size},
-             scratch.others + (s - scratch.scores), kMostRows * stride, codes);
+  const LogRow how{lse, planes.factors[at], static_cast<float>(format.p.codes)};
+  const LogTables tables{planes.table(at, 0), planes.count, planes.size};
+  in_use |= logs.weigh(s, padded, how, tables, scratch.others + (s - scratch.scores), kMostRows * stride, codes);
   for (int64_t j = 0; codes != nullptr && j < own; j++) trace.codes[of * p.keys + j] = static_cast<int16_t>(codes[j]);
   return lse;
 }
@@ -253,11 +255,17 @@ void Job::strip(int64_t head, int64_t h, int64_t first, int64_t r, int64_t count
   const int64_t i = first + r, used = limit(i + count - 1), plane_sums = kMostRows * values_padded;
   float lse[kMostRows];
   score(r, count, rows, ld, used, from, scratch);
-  for (int64_t n = 0; n < count; n++) lse[n] = weigh(head, h, i + n, used, scratch.scores + n * stride, scratch);
-  for (int64_t plane = 0; plane < planes.count; plane++)
-    floats.product[count - 1](plane == 0 ? scratch.scores : scratch.others + (plane - 1) * kMostRows * stride, stride, from.values,
-                              panel * p.keys, p.value_depth, used, scratch.sums + plane * plane_sums, values_padded, true, nullptr,
-                              nullptr);
+  uint32_t in_use = 0;
+  for (int64_t n = 0; n < count; n++) lse[n] = weigh(head, h, i + n, used, scratch.scores + n * stride, scratch, in_use);
+  for (int64_t plane = 0; plane < planes.count; plane++) {
+    const float* weights = plane == 0 ? scratch.scores : scratch.others + (plane - 1) * kMostRows * stride;
+    float* sums = scratch.sums + plane * plane_sums;
+    if (in_use >> plane & 1)
+      floats.product[count - 1](weights, stride, from.values, panel * p.keys, p.value_depth, used, sums, values_padded, true, nullptr,
+                                nullptr);
+    else
+      std::fill_n(sums, count * values_padded, 0.f);
+  }
   for (int64_t n = 0; n < count; n++) finish(head, h, i + n, scratch.sums + n * values_padded, lse[n], from);
 }
 

@@ -61,23 +61,33 @@ LogSum log_sum(float* s, int64_t count, int64_t padded) {
 }
 
 template <typename V, bool kIsShort>
-void weigh_row(float* s, int64_t padded, const LogRow& row, const LogTables& tables, float* others, int64_t stride,
-               int32_t* codes) {
+uint32_t weigh_row(float* s, int64_t padded, const LogRow& row, const LogTables& tables, float* others, int64_t stride,
+                   int32_t* codes) {
+  V greatest[kMostTables];
+  for (int64_t plane = 1; plane < tables.count; plane++) greatest[plane] = V::set1(0.f);
   const V top = V::set1(row.lse), by = V::set1(row.factor), most = V::set1(row.zero), least = V::set1(0.f);
   for (int64_t j = 0; j < padded; j += V::kLanes) {  // the operand order makes a NaN the code of zero
     const auto code = V::rounded(V::max(V::min(V::mul(by, V::sub(top, V::load(s + j))), most), least));
     if (codes != nullptr) V::store_words(codes + j, code);
     const auto weight = [&](const float* table) { return kIsShort ? V::look_up_short(table, code) : V::look_up(table, code); };
     V::store(s + j, weight(tables.first));
-    for (int64_t plane = 1; plane < tables.count; plane++)
-      V::store(others + (plane - 1) * stride + j, weight(tables.first + plane * tables.size));
+    for (int64_t plane = 1; plane < tables.count; plane++) {
+      const V found = weight(tables.first + plane * tables.size);
+      V::store(others + (plane - 1) * stride + j, found);
+      greatest[plane] = V::max(greatest[plane], found);
+    }
   }
+  uint32_t used = 1;
+  for (int64_t plane = 1; plane < tables.count; plane++)
+    if (V::front(V::highest(greatest[plane])) > 0.f) used |= 1u << plane;
+  return used;
 }
 
 template <typename V>
-void weigh(float* s, int64_t padded, const LogRow& row, const LogTables& tables, float* others, int64_t stride, int32_t* codes) {
+uint32_t weigh(float* s, int64_t padded, const LogRow& row, const LogTables& tables, float* others, int64_t stride,
+               int32_t* codes) {
   const auto of_size = tables.size == kShortTable ? weigh_row<V, true> : weigh_row<V, false>;
-  of_size(s, padded, row, tables, others, stride, codes);
+  return of_size(s, padded, row, tables, others, stride, codes);
 }
 
 template <typename V>

@@ -11,7 +11,7 @@ namespace fxquant::attention {
 // numbers give the bits of shifts and adds, twice as fast as AVX2 shifts lanes by different counts.
 constexpr double kExact = 16777216.0;
 constexpr int64_t kFarthest = 31;  // shifts beyond it count as zero
-constexpr int64_t kMostGroups = 4;   // of shifts
+constexpr int64_t kMostGroups = 4;   // of shifts; log√2 has two planes of each
 constexpr int64_t kParts = 37;  // of an octave of AdaLog
 constexpr int64_t kShortTable = 16;  // entries of a table that fits registers
 

@@ -14,6 +14,8 @@ struct LogRow {
   float lse, factor, zero;
 };
 
+constexpr int64_t kMostTables = 8;
+
 // Tables of weights, one after the other, of `size` entries each.
 struct LogTables {
   const float* first;
@@ -29,9 +31,9 @@ struct LogKernels {
   // Scores from `count` to `padded`, a multiple of 16, become minus infinity.
   LogSum (*sum)(float* s, int64_t count, int64_t padded);
   // Scores become weights by code = rne(min(max(factor (lse - s), 0), zero)), `zero` for NaN: those of the first table in their
-  // place, the next ones in `others`, `stride` apart. codes may be null.
-  void (*weigh)(float* s, int64_t padded, const LogRow& row, const LogTables& tables, float* others, int64_t stride,
-                int32_t* codes);
+  // place, the next ones in `others`, `stride` apart. codes may be null. Returns a bit for each table with a weight above 0.
+  uint32_t (*weigh)(float* s, int64_t padded, const LogRow& row, const LogTables& tables, float* others, int64_t stride,
+                    int32_t* codes);
   // to[c] = (sums[c] units[0] + sums[c + stride] units[1] + ...) scale[c], from left to right. scale has room for whole vectors.
   void (*finish)(const float* sums, int64_t stride, const float* units, int64_t count, const float* scale, int64_t width,
                  float* to);
