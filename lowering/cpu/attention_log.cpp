@@ -241,7 +241,8 @@ void Job::score(int64_t r, int64_t count, const float* rows, int64_t ld, int64_t
                 const Scratch& scratch) const {
   const float* scales = scratch.row_scales + r;
   if (small == nullptr)
-    return floats.product[count - 1](rows, ld, from.keys, panel * p.depth, used, p.depth, scratch.scores, stride, true, scales, nullptr);
+    return floats.product[count - 1](rows, ld, from.keys, panel * p.depth, used, p.depth, scratch.scores, stride, true, scales,
+                                     nullptr);
   for (int64_t j = 0; j < used; j += kPanelKeys)
     for (int64_t i = 0; i < count; i += ints.rows)
       small->tiles[std::min(ints.rows, count - i) - 1](
@@ -261,8 +262,8 @@ void Job::strip(int64_t head, int64_t h, int64_t first, int64_t r, int64_t count
     const float* weights = plane == 0 ? scratch.scores : scratch.others + (plane - 1) * kMostRows * stride;
     float* sums = scratch.sums + plane * plane_sums;
     if (in_use >> plane & 1)
-      floats.product[count - 1](weights, stride, from.values, panel * p.keys, p.value_depth, used, sums, values_padded, true, nullptr,
-                                nullptr);
+      floats.product[count - 1](weights, stride, from.values, panel * p.keys, p.value_depth, used, sums, values_padded, true,
+                                nullptr, nullptr);
     else
       std::fill_n(sums, count * values_padded, 0.f);
   }

@@ -1,5 +1,6 @@
-// Attention with logarithmic codes: families, small and large codes of q and k, masks of both kinds, the causal rule, grouped heads, ragged sizes, strides, and
-// both ways to share the work. Every bit must be that of the scalar kernels, where q and k have codes.
+// Attention with logarithmic codes: families, small and large codes of q and k, masks of both kinds, the causal rule, grouped
+// heads, ragged sizes, strides, and both ways to share the work. Every bit must be that of the scalar kernels, where q and k
+// have codes.
 #include "attention_log.h"
 
 #include "harness.h"
@@ -48,7 +49,8 @@ void shape(Run& run, const Shape& s, const Codes& codes, int32_t variant) {
   p.scale = 0.3f, p.causal = variant == 2;
   if (variant == 0) p.mask = added.data(), p.mask_kind = FXQUANT_MASK_FLOAT, p.mask_stride[2] = m, p.mask_stride[3] = 1;
   if (variant == 1) p.mask = hidden.data(), p.mask_kind = FXQUANT_MASK_BOOL, p.mask_stride[3] = 1;
-  const fxquant_uniform_codes affine{steps.data(), zeros.data(), 1, 0, is_small ? 31 : 255}, symmetric{channels.data(), nullptr, 0, 1, 127};
+  const fxquant_uniform_codes affine{steps.data(), zeros.data(), 1, 0, is_small ? 31 : 255};
+  const fxquant_uniform_codes symmetric{channels.data(), nullptr, 0, 1, 127};
   const bool is_adaptive = codes.family == FXQUANT_ADALOG;
   const fxquant_log_attention format{
       affine, affine, variant % 2 ? symmetric : affine,
@@ -64,8 +66,8 @@ void shape(Run& run, const Shape& s, const Codes& codes, int32_t variant) {
   const fxquant_log_trace trace{scores.data(), lse.data(), found.data(), sums.data()};
   fxquant_attention_log(&p, &format, &trace, 1 + variant % 2, in_turn, nullptr);
   const std::string label = "family " + std::to_string(codes.family) + " width " + std::to_string(codes.width) + " variant " +
-                            std::to_string(variant) + " " + std::to_string(n) + "x" + std::to_string(m) + "x" + std::to_string(d) +
-                            "x" + std::to_string(e);
+                            std::to_string(variant) + " " + std::to_string(n) + "x" + std::to_string(m) + "x" +
+                            std::to_string(d) + "x" + std::to_string(e);
   run.exact(label + " scores", scores);
   run.exact(label + " lse", lse);
   run.exact(label + " codes", found);
