@@ -110,7 +110,7 @@ FORMATS = (STATIC, STREAM, LUT, PANEL)
 
 def format_of(scheme: LinearScheme) -> LinearFormat | None:
     """The first format that takes a scheme; None where no kernel has it."""
-    if isinstance(scheme, FormatScheme):
+    if isinstance(scheme, FormatScheme) or scheme.coding is not None:
         return None
     return next((form for form in FORMATS if form.takes(scheme)), None)
 

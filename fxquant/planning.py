@@ -24,13 +24,16 @@ from fxquant.passes.fuse.attention import decide_calibrated
 from fxquant.passes.fuse.fusion import Verdict
 from fxquant.passes.rule import REAL
 from fxquant.plan import FLOAT_KINDS, Decision, Plan, setting_for
-from fxquant.schemes import LinearScheme
+from fxquant.schemes import LinearScheme, Scheme
 from fxquant.sites import Site, find_sites, kind_of
 
 # auto leaves a linear float when rounding its weights alone costs more than this in its worst output channel: 20 dB is
 # an error of a tenth, where a user would notice. An explicit scheme has no such guard.
 MIN_WEIGHT_SQNR_DB = 20.0
 NO_KERNEL = "no integer kernel has this scheme: its specification runs in float"
+NO_KERNEL_OF_CODING = (
+    "no integer kernel multiplies integer weights by an input in a number format: its specification runs in float"
+)
 NO_CODING = "its operands stay float: the calibration has no coding of them, or the options ask for float"
 ANOTHER_WEIGHT = "the weight is not the one that the calibration rounded; calibrate again"
 
@@ -125,17 +128,27 @@ def _decide_linear(node: fx.Node, site: Site, choice: LinearChoice, config: FxQu
     if choice.scheme is not None:
         assert isinstance(weight, fx.Node)
         known, sentence = _calibrated(site, choice.scheme, weight, config)
-        scheme = replace(choice.scheme, static=known is not None and known.static is not None)
+        scheme = _with_static(choice.scheme, known)
         reason = shelf.take(site, weight, scheme, choice.is_auto, known).reason
         if reason is None:
             operator = operator_of(scheme)
-            said = [part for part in (None if operator else NO_KERNEL, sentence, choice.note) if part]
+            is_coded = isinstance(scheme, Scheme) and scheme.coding is not None
+            lack = None if operator else NO_KERNEL_OF_CODING if is_coded else NO_KERNEL
+            said = [part for part in (lack, sentence, choice.note) if part]
             return Decision(site, scheme, "; ".join(said) or None, kernel=operator, error_class="QUANTIZED")
     if not choice.own_float:
         return Decision(site, reason=reason)
     assert isinstance(weight, fx.Node)
     shelf.take(site, weight, None, choice.is_auto)
     return Decision(site, reason=f"{reason}; {FLOAT_TOLERANCE}", kernel=FLOAT_OPERATOR, error_class=REAL)
+
+
+def _with_static(scheme: LinearScheme, known: SiteCalibration | None) -> LinearScheme:
+    """A scheme with what a calibration says about the input."""
+    static = None if known is None else known.static
+    if isinstance(scheme, Scheme) and isinstance(static, StaticCoding):
+        return replace(scheme, static=True, coding=static.coding.format.name)
+    return replace(scheme, static=static is not None)
 
 
 def _worthwhile(planned: Planned, choices: Mapping[str, LinearChoice]) -> Planned:
@@ -160,8 +173,11 @@ def _calibrated(
     form = format_of(scheme)
     n, k = weight.meta["val"].shape
     found = config.calibration.find(site.name, str(scheme), (int(n), int(k)))
-    if isinstance(found, SiteCalibration) and isinstance(found.static, StaticCoding) and not isinstance(scheme, FormatScheme):
-        return None, f"dynamic: the calibration has a number format for the input, and {scheme} codes it as integers"
+    if isinstance(found, SiteCalibration) and isinstance(found.static, StaticCoding) and isinstance(scheme, Scheme):
+        if scheme.is_weight_only:
+            sentence = f"the calibration has a number format for the input, and {scheme} leaves it float"
+            return replace(found, static=None), "; ".join(part for part in (sentence, found.note) if part)
+        return found, found.note
     if scheme.is_weight_only:
         return (None, None) if isinstance(found, str) else (found, found.note)
     if form not in (PANEL, None) and (isinstance(found, str) or found.static is not None):

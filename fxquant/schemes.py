@@ -33,9 +33,10 @@ VNNI (vpdpbusd) and in the scalar kernels every scheme is summed in 32 bits dire
 | w2a4, w2a6 | exact sums by table look-up |
 | w8a16, w4a16, w2a16, each with or without groups; w4a8 with groups | weights read as one stream, for few rows at a time |
 
-Any other widths of 2 to 8 bits and any other group size have no kernel: the specification runs in float, compiled, and the
-report says so. Schemes by number formats are those of ``fxquant.format_schemes``; weights of 4-bit tables are read by the
-kernel of streamed weights, all others run as their specification too.
+Any other widths of 2 to 8 bits, any other group size and an input that a calibration codes in a number format have no kernel:
+the specification runs in float, compiled, and the report says so. Schemes by number formats are those of
+``fxquant.format_schemes``; weights of 4-bit tables are read by the kernel of streamed weights, all others run as their
+specification too.
 
 ``auto`` lets fxquant pick per site and instruction set; ``float`` leaves a site as it is.
 
@@ -81,16 +82,18 @@ class Scheme:
     """Code widths of a linear site: symmetric weights per channel or group, affine activations per token.
 
     ``group`` is the number of input features that share a scale (0: all of an output channel); ``act_bits`` 16 is float.
+    ``coding`` names the number format in which a calibration codes the input instead.
     """
 
     weight_bits: int
     act_bits: int
     group: int = 0
     static: bool = False
+    coding: str | None = None
 
     def __str__(self) -> str:
         name = f"w{self.weight_bits}a{self.act_bits}" + (f"-g{self.group}" if self.group else "")
-        return f"{name} static" if self.static else name
+        return " ".join([name, *(["static"] if self.static else []), *([self.coding] if self.coding else [])])
 
     @property
     def is_weight_only(self) -> bool:

@@ -1,6 +1,7 @@
 """The fxquant:: operators: importing this package defines all of them."""
 
 from fxquant.ops import attention as _attention  # noqa: F401 - defines its operators
+from fxquant.ops import attention_log as _attention_log  # noqa: F401 - defines its operators
 from fxquant.ops import gelu as _gelu  # noqa: F401 - defines its operator
 from fxquant.ops import sigmoid_attention as _sigmoid_attention  # noqa: F401 - defines its operators
 from fxquant.ops.library import LIBRARY

@@ -12,7 +12,7 @@ from torch import Tensor
 from fxquant.ops.library import define
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+def attention_result(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     """[B, H, N, e] with the heads side by side in memory, or [B, N, e]."""
     if q.dim() == 3:
         return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
@@ -23,14 +23,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: 
 def _attention_int(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, qk_bits: int, pv_bits: int
 ) -> Tensor:
-    return _attention(q, k, v, mask, is_causal, scale)
+    return attention_result(q, k, v, mask, is_causal, scale)
 
 
 def _trace(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, qk_bits: int, pv_bits: int
 ) -> tuple[Tensor, ...]:
     return (
-        _attention(q, k, v, mask, is_causal, scale),
+        attention_result(q, k, v, mask, is_causal, scale),
         q.new_empty(q.shape, dtype=torch.int8),
         k.new_empty(k.shape, dtype=torch.int8),
         q.new_empty(q.shape[:-1]),
@@ -41,7 +41,7 @@ def _trace(
 
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale"
-define(f"attention({_ARGUMENTS}) -> Tensor", _attention)
+define(f"attention({_ARGUMENTS}) -> Tensor", attention_result)
 define(f"attention_int({_ARGUMENTS}, int qk_bits, int pv_bits) -> Tensor", _attention_int)
 define(
     f"attention_int_trace({_ARGUMENTS}, int qk_bits, int pv_bits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -94,7 +94,11 @@ def weigh(t: Tensor) -> Tensor:
 
 def base2_scores(sums: Tensor, row: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """float32 scores [..., N, M] from int32 sums and the scales of rows (softmax's in them) and keys."""
-    scores = sums.to(torch.float32) * (row[..., :, None] * key[..., None, :])
+    return add_mask(sums.to(torch.float32) * (row[..., :, None] * key[..., None, :]), mask, is_causal)
+
+
+def add_mask(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """float32 scores [..., N, M] in base 2 with a mask; a finite mask stays finite."""
     if mask is not None and mask.dtype == torch.bool:
         scores = scores + torch.where(mask, 0.0, -math.inf)
     elif mask is not None:

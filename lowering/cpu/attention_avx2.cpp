@@ -1,6 +1,7 @@
 // AVX2 and FMA: 6 x 16 tiles.
 #include "attention_avx2.h"
 #include "attention_kernels.h"
+#include "attention_log_kernels.h"
 
 namespace fxquant::attention {
 namespace {
@@ -21,11 +22,22 @@ struct Ymm {
   static Ymm sub(Ymm a, Ymm b) { return {_mm256_sub_ps(a.v, b.v)}; }
   static Ymm mul(Ymm a, Ymm b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static Ymm max(Ymm a, Ymm b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static Ymm min(Ymm a, Ymm b) { return {_mm256_min_ps(a.v, b.v)}; }
+  static Ymm div(Ymm a, Ymm b) { return {_mm256_div_ps(a.v, b.v)}; }
   static Ymm fma(Ymm a, Ymm b, Ymm c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Ymm eighths(Ymm n) {
     const __m256i bits = _mm256_castps_si256(n.v), table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kEighths));
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(table, bits), _mm256_slli_epi32(bits, 20)))};
   }
+  static __m256i rounded(Ymm a) { return _mm256_cvtps_epi32(a.v); }
+  static void store_words(int32_t* p, __m256i words) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words); }
+  static Ymm look_up_short(const float* table, __m256i words) {
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), words);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), words);
+    const __m256 found = _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(words, 28)));  // by bit 3
+    return {_mm256_and_ps(found, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(kShortTable), words)))};
+  }
+  static Ymm look_up(const float* table, __m256i words) { return {_mm256_i32gather_ps(table, words, 4)}; }
   static float front(Ymm a) { return _mm256_cvtss_f32(a.v); }
   static Ymm first_or(Ymm a, int64_t n, Ymm b) { return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(first(n)))}; }
   static Ymm highest(Ymm a) { return {attention::highest(a.v)}; }
@@ -53,5 +65,6 @@ constexpr ProductFn kProducts[] = {
 }  // namespace
 
 const Kernels kAvx2 = kernels<Ymm>(6, kProducts);
+const LogKernels kLogAvx2 = log_kernels<Ymm>();
 
 }  // namespace fxquant::attention

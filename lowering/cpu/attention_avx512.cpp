@@ -1,6 +1,7 @@
 // AVX-512: 12 x 32 tiles.
 #include "attention_avx2.h"
 #include "attention_kernels.h"
+#include "attention_log_kernels.h"
 
 namespace fxquant::attention {
 namespace {
@@ -19,11 +20,20 @@ struct Zmm {
   static Zmm sub(Zmm a, Zmm b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static Zmm mul(Zmm a, Zmm b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static Zmm max(Zmm a, Zmm b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Zmm min(Zmm a, Zmm b) { return {_mm512_min_ps(a.v, b.v)}; }
+  static Zmm div(Zmm a, Zmm b) { return {_mm512_div_ps(a.v, b.v)}; }
   static Zmm fma(Zmm a, Zmm b, Zmm c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Zmm eighths(Zmm n) {
     const __m512i bits = _mm512_castps_si512(n.v), table = _mm512_load_si512(kEighths);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(bits, table), _mm512_slli_epi32(bits, 20)))};
   }
+  static __m512i rounded(Zmm a) { return _mm512_cvtps_epi32(a.v); }
+  static void store_words(int32_t* p, __m512i words) { _mm512_storeu_si512(p, words); }
+  static Zmm look_up_short(const float* table, __m512i words) {
+    const __mmask16 is_there = _mm512_cmplt_epi32_mask(words, _mm512_set1_epi32(kShortTable));
+    return {_mm512_maskz_permutexvar_ps(is_there, words, _mm512_loadu_ps(table))};
+  }
+  static Zmm look_up(const float* table, __m512i words) { return {_mm512_i32gather_ps(words, table, 4)}; }
   static __m256 high_half(Zmm a) { return _mm512_extractf32x8_ps(a.v, 1); }
   static __m256 halves(Zmm a) { return _mm256_add_ps(_mm512_castps512_ps256(a.v), high_half(a)); }
   static float front(Zmm a) { return _mm512_cvtss_f32(a.v); }
@@ -57,5 +67,6 @@ constexpr ProductFn kProducts[] = {
 }  // namespace
 
 const Kernels kAvx512 = kernels<Zmm>(12, kProducts);
+const LogKernels kLogAvx512 = log_kernels<Zmm>();
 
 }  // namespace fxquant::attention

@@ -3,6 +3,7 @@
 // coded once a block of rows. Where work is cut never depends on the number of workers.
 #include "attention_int.h"
 #include "attention_int_table.h"
+#include "attention_mask.h"
 #include "attention_share.h"
 #include "attention_table.h"
 #include "isa.h"
@@ -135,7 +136,6 @@ struct Job {
   void find_value_scales(int64_t head, const Head& to) const;
   void pack_keys(int64_t head, int64_t i, const Head& to, const Scratch& scratch) const;
   void pack_values(int64_t head, int64_t from, int64_t end, const Head& to) const;
-  void add_mask(int64_t head, int64_t r, int64_t first, int64_t count, float* s) const;
   void code_queries(int64_t head, int64_t first, int64_t count, const Scratch& scratch) const;
   void score(int64_t r, int64_t count, int64_t k0, int64_t used, const Head& from, const Scratch& scratch) const;
   void trace_sums(int64_t head, int64_t first, int64_t r, int64_t count, int64_t k0, int64_t used, const Head& from,
@@ -216,28 +216,6 @@ void Job::pack_values(int64_t head, int64_t from, int64_t end, const Head& to) c
   floats.pack_values(value(head, from), p.v_stride[2], end - from, p.value_depth, to.values + from * panel(), p.keys * panel());
 }
 
-// s[j] += log2(e) mask[j]. A finite mask stays finite, so that a row of the lowest float is uniform, not empty.
-void Job::add_mask(int64_t head, int64_t r, int64_t first, int64_t count, float* s) const {
-  if (p.mask_kind == FXQUANT_MASK_NONE) return;
-  const int64_t step = p.mask_stride[3];
-  const int64_t offset = batch_of(head) * p.mask_stride[0] + query_head(head, r) * p.mask_stride[1] +
-                         r % p.queries * p.mask_stride[2] + first * step;
-  if (p.mask_kind == FXQUANT_MASK_BOOL) {
-    const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + offset;
-    for (int64_t j = 0; j < count; j++) s[j] += mask[j * step] ? 0.f : kNone;
-    return;
-  }
-  const float* mask = static_cast<const float*>(p.mask) + offset;
-  const auto add = [](float score, float m) {
-    const float base2 = m * static_cast<float>(kLog2E);
-    return score + (m >= -FLT_MAX && base2 < -FLT_MAX ? -FLT_MAX : base2);
-  };
-  if (step == 1)
-    for (int64_t j = 0; j < count; j++) s[j] = add(s[j], mask[j]);
-  else
-    for (int64_t j = 0; j < count; j++) s[j] = add(s[j], mask[j * step]);
-}
-
 void Job::code_queries(int64_t head, int64_t first, int64_t count, const Scratch& scratch) const {
   for (int64_t r = 0; r < count;) {  // the rows of one query head at a time
     const int64_t some = std::min(count - r, p.queries - (first + r) % p.queries);
@@ -289,7 +267,8 @@ void Job::strip(int64_t head, int64_t first, int64_t r, int64_t count, int64_t k
   int64_t own[kMostRows];
   for (int64_t i = 0; i < count; i++) {
     own[i] = std::clamp<int64_t>(limit(first + r + i) - k0, 0, used);
-    add_mask(head, first + r + i, k0, own[i], scratch.scores + i * kScoreStride);
+    const int64_t row = first + r + i;
+    add_mask(p, batch_of(head), query_head(head, row), row % p.queries, k0, own[i], scratch.scores + i * kScoreStride);
   }
   float *out = scratch.out + r * values_padded, *top = scratch.top + r, *sum = scratch.sum + r;
   Weights w{scratch.scores, kScoreStride, count, 0, {}, {}, {}};

@@ -117,6 +117,7 @@ const IntKernels kIntAvx2 = {6,
                              {2, kMixes, weigh<2>, extents, pack_values<2>},
                              sum_keys,
                              quantize,
+                             encode_codes,
                              pack};
 
 }  // namespace fxquant::attention

@@ -129,6 +129,11 @@ void quantize(const float* x, int64_t ld, int64_t rows, const float* mean, int64
   }
 }
 
+void encode_codes(const float* codes, int64_t rows, int64_t depth, const Coding& coding, uint8_t* to, int64_t stride) {
+  const auto encode = coding.code_bytes == 1 ? encode_row<1> : encode_row<2>;
+  for (int64_t r = 0; r < rows; r++) encode(codes + r * depth, nullptr, depth, 1.f, coding.offset, to + r * stride);
+}
+
 void pack(const uint8_t* rows, int64_t stride, int64_t words, uint8_t* to) {
   int64_t w = 0;
   for (; w + 8 <= words; w += 8)  // the transpose moves words without looking at them

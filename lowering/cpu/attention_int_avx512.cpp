@@ -64,6 +64,7 @@ const IntKernels kIntAvx512 = {12,
                                {1, kMixes, weigh<1>, extents, pack_values<1>},
                                sum_keys,
                                quantize,
+                               encode_codes,
                                pack};
 
 }  // namespace fxquant::attention

@@ -71,6 +71,7 @@ const IntKernels kIntAvxVnni = {6,
                                 {1, kMixes, weigh<1>, extents, pack_values<1>},
                                 sum_keys,
                                 quantize,
+                                encode_codes,
                                 pack};
 
 }  // namespace fxquant::attention

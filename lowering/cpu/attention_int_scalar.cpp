@@ -34,6 +34,13 @@ void quantize(const float* x, int64_t ld, int64_t rows, const float* mean, int64
   }
 }
 
+void encode_codes(const float* codes, int64_t rows, int64_t depth, const Coding& coding, uint8_t* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; r++, codes += depth, to += stride) {
+    for (int64_t c = 0; c < depth; c++) to[c] = static_cast<uint8_t>(static_cast<int32_t>(codes[c]) + coding.offset);
+    std::memset(to + depth, 0, (depth + 3) / 4 * 4 - depth);
+  }
+}
+
 void pack(const uint8_t* rows, int64_t stride, int64_t words, uint8_t* to) {
   for (int64_t w = 0; w < words; w++)
     for (int64_t j = 0; j < kPanelKeys; j++) std::memcpy(to + (w * kPanelKeys + j) * 4, rows + j * stride + w * 4, 4);
@@ -115,6 +122,6 @@ constexpr MixFn kMixes[] = {mix};
 }  // namespace
 
 const IntKernels kIntScalar = {
-    1, kProduct, kProduct, {1, kMixes, weigh, extents, pack_values}, sum_keys, quantize, pack};
+    1, kProduct, kProduct, {1, kMixes, weigh, extents, pack_values}, sum_keys, quantize, encode_codes, pack};
 
 }  // namespace fxquant::attention

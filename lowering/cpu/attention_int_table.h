@@ -91,6 +91,8 @@ struct IntKernels {
   // a row with a value that is not finite is NaN, its codes are 0.
   void (*quantize)(const float* x, int64_t ld, int64_t rows, const float* mean, int64_t depth, const Coding& coding,
                    uint8_t* to, int64_t stride, float* scales);
+  // Rows of whole numbers as codes, `depth` floats apart.
+  void (*encode)(const float* codes, int64_t rows, int64_t depth, const Coding& coding, uint8_t* to, int64_t stride);
   // 16 rows of words, `stride` bytes apart -> [words][16].
   void (*pack)(const uint8_t* rows, int64_t stride, int64_t words, uint8_t* to);
 };

@@ -1,5 +1,6 @@
 // Portable attention: plain loops that any compiler turns into what its target has.
 #include "attention_kernels.h"
+#include "attention_log_kernels.h"
 
 namespace fxquant::attention {
 namespace {
@@ -23,6 +24,8 @@ struct Plain {
   static Plain sub(Plain a, Plain b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
   static Plain mul(Plain a, Plain b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
   static Plain max(Plain a, Plain b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+  static Plain min(Plain a, Plain b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+  static Plain div(Plain a, Plain b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
   static Plain fma(Plain a, Plain b, Plain c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
   static Plain eighths(Plain n) {
     return each([&](int i) {
@@ -34,6 +37,19 @@ struct Plain {
       return r;
     });
   }
+  struct Words {
+    int32_t v[8];
+  };
+  static Words rounded(Plain a) {
+    Words r;
+    for (int i = 0; i < 8; i++) r.v[i] = static_cast<int32_t>(std::nearbyint(a.v[i]));
+    return r;
+  }
+  static void store_words(int32_t* p, Words words) { std::memcpy(p, words.v, sizeof words.v); }
+  static Plain look_up_short(const float* table, Words words) {
+    return each([&](int i) { return words.v[i] < kShortTable ? table[words.v[i]] : 0.f; });
+  }
+  static Plain look_up(const float* table, Words words) { return each([&](int i) { return table[words.v[i]]; }); }
   static float front(Plain a) { return a.v[0]; }
   static Plain first_or(Plain a, int64_t n, Plain b) { return each([&](int i) { return i < n ? a.v[i] : b.v[i]; }); }
   static Plain highest(Plain a) { return set1(*std::max_element(a.v, a.v + 8)); }
@@ -61,5 +77,6 @@ constexpr ProductFn kProducts[] = {
 }  // namespace
 
 const Kernels kScalar = kernels<Plain>(4, kProducts);
+const LogKernels kLogScalar = log_kernels<Plain>();
 
 }  // namespace fxquant::attention

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from fxquant._compat import FakeTensorMode
+from fxquant.binding import add_input
 from fxquant.calibration.attention import OPERANDS, AttentionCalibration
 from fxquant.config import FxQuantConfig
+from fxquant.passes.fuse import log_attention
 from fxquant.passes.fuse.fusion import Fusion, Verdict
 from fxquant.passes.quantize import attention as specification
 from fxquant.schemes import ATTENTION_SCHEMES, CALIBRATED, AttentionScheme
@@ -111,7 +113,11 @@ def decide_calibrated(node: fx.Node, settings: Mapping[str, str], known: Attenti
     for sentence, holds in chain(conditions(node), specification.conditions(operands(node), known)):
         if not holds:
             return Verdict(sentence)
-    return Verdict(NO_KERNEL, error_class="QUANTIZED", schemes=known.schemes, calibrated=known)
+    for sentence, holds in log_attention.conditions(operands(node), known):
+        if not holds:
+            return Verdict(f"{NO_KERNEL}; {sentence}", error_class="QUANTIZED", schemes=known.schemes, calibrated=known)
+    reason = log_attention.sentence(operands(node), known)
+    return Verdict(reason, "attention_log", "QUANTIZED", known.schemes, known)
 
 
 def resolve(settings: Mapping[str, str], node: fx.Node) -> AttentionScheme | str:
@@ -132,31 +138,48 @@ def _quantized(scheme: AttentionScheme) -> str:
 
 
 def fuse(node: fx.Node, verdict: Verdict, fake_mode: FakeTensorMode) -> fx.Node:
-    """Replace the node by fxquant::attention or fxquant::attention_int, or with a calibration's codings by its specification.
+    """Replace the node by one of our operators, or with a calibration's codings that no kernel has by its specification.
 
     The result is contiguous where the old one was, unless every reader swaps heads and queries first: those then read
     contiguous memory without a copy.
     """
     args = operands(node)
-    if verdict.calibrated is not None:
-        return specification.quantize_attention(node, args, verdict.calibrated, fake_mode)
+    known = verdict.calibrated
+    if known is not None and verdict.kernel is None:
+        return specification.quantize_attention(node, args, known, fake_mode)
     k, v = args["k"], args["v"]
     sources = unrepeated(k), unrepeated(v)
-    if sources[0] is not None and sources[1] is not None and _key_heads(sources[0]) == _key_heads(sources[1]):
+    shares = known is None or log_attention.shares_heads(known)
+    if shares and sources[0] is not None and sources[1] is not None and _key_heads(sources[0]) == _key_heads(sources[1]):
         k, v = sources
     call: tuple[Any, ...] = (args["q"], k, v, args["mask"], bool(args["is_causal"]), args["scale"])
-    target = torch.ops.fxquant.attention.default
-    if verdict.schemes:
-        target = torch.ops.fxquant.attention_int.default
-        call += _bits(verdict)
+    if known is not None:
+        made = _log_attention(node, call, args, known, fake_mode)
+    elif verdict.schemes:
+        made = _call(node, torch.ops.fxquant.attention_int.default, call + _bits(verdict), fake_mode)
+    else:
+        made = _call(node, torch.ops.fxquant.attention.default, call, fake_mode)
     old: Tensor = node.meta["val"]
-    made = _call(node, target, call, fake_mode)
     if _layout(made.meta["val"]) != _layout(old) and not all(map(_swaps_heads, node.users)):
         made = _call(node, aten.clone.default, (made,), fake_mode, memory_format=torch.contiguous_format)
     node.replace_all_uses_with(made)
     graph = node.graph
     graph.erase_node(node)
     return made
+
+
+def _log_attention(
+    node: fx.Node, call: tuple[Any, ...], args: Mapping[str, Any], known: AttentionCalibration, fake_mode: FakeTensorMode
+) -> fx.Node:
+    """fxquant::attention_log; the qparams become graph inputs, in the order of ``known.tensors()``."""
+    inputs = {name: add_input(node.graph, f"{node.name}_{name}", value, fake_mode) for name, value in known.tensors().items()}
+    try:
+        given = call + log_attention.arguments(len(call[0].meta["val"].shape), known, inputs)
+        return _call(node, torch.ops.fxquant.attention_log.default, given, fake_mode)
+    except Exception:
+        for added in inputs.values():  # nothing reads them, and nobody would feed them
+            node.graph.erase_node(added)
+        raise
 
 
 def _bits(verdict: Verdict) -> tuple[int, ...]:

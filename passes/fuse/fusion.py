@@ -16,8 +16,8 @@ class Verdict:
 
     ``reason`` is the sentence that the report prints. ``kernel`` is the fxquant:: operator that takes the node's place
     (None: the node stays), ``error_class`` that of the replacement, ``schemes`` the scheme of each site kind that is
-    quantized (``{"attention.qk": "qk6"}``). ``calibrated``: the codings of an attention without a kernel, which becomes
-    its specification.
+    quantized (``{"attention.qk": "qk6"}``). ``calibrated``: the codings of an attention, which becomes its specification
+    where there is no kernel.
     """
 
     reason: str

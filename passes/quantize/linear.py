@@ -85,6 +85,8 @@ def quantize_linear(node: fx.Node, slot: Slot, inputs: Inputs, fake_mode: FakeTe
             weight = _call(aten.mul.Tensor, (weight, inputs["factor"]), node, fake_mode)
         if isinstance(scheme, FormatScheme):
             x, weight = _by_format(x, weight, slot, scheme, inputs, node, fake_mode)
+        elif isinstance(slot.static, StaticCoding):
+            x, weight = _coded(x, slot.static, inputs, node, fake_mode), _fake_quant_weight(weight, scheme, node, fake_mode)
         elif scheme.static:
             x, weight = _fake_quant_static(x, weight, (inputs["steps"], inputs["zero_point"]), scheme, node, fake_mode)
         else:
@@ -108,13 +110,18 @@ def _by_format(
     """Both operands in the number formats of a scheme; a calibration may give the input another coding, with its qparams."""
     weight = inline(scheme.weight.fake_quant, [weight], before, fake_mode)
     if isinstance(slot.static, StaticCoding):
-        coding, names = slot.static.coding, list(slot.static.inputs)
-
-        def coded(value: Tensor, *qparams: Tensor) -> Tensor:
-            return coding.fake_quant(value, dict(zip(names, qparams, strict=True)))
-
-        return inline(coded, [x, *(inputs[name] for name in names)], before, fake_mode), weight
+        return _coded(x, slot.static, inputs, before, fake_mode), weight
     return (x if scheme.activation is None else inline(scheme.activation.fake_quant, [x], before, fake_mode)), weight
+
+
+def _coded(x: fx.Node, static: StaticCoding, inputs: Inputs, before: fx.Node, fake_mode: FakeTensorMode) -> fx.Node:
+    """An input in the number format of a calibration, in plain operators."""
+    coding, names = static.coding, list(static.inputs)
+
+    def coded(value: Tensor, *qparams: Tensor) -> Tensor:
+        return coding.fake_quant(value, dict(zip(names, qparams, strict=True)))
+
+    return inline(coded, [x, *(inputs[name] for name in names)], before, fake_mode)
 
 
 def _fake_quant(
@@ -123,10 +130,14 @@ def _fake_quant(
     fxq = torch.ops.fxquant
     if not scheme.is_weight_only:
         x = _call(fxq.fake_quant_per_token.default, (x, scheme.act_bits), like, fake_mode)
+    return x, _fake_quant_weight(weight, scheme, like, fake_mode)
+
+
+def _fake_quant_weight(weight: fx.Node, scheme: Scheme, like: fx.Node, fake_mode: FakeTensorMode) -> fx.Node:
+    fxq = torch.ops.fxquant
     if scheme.group:
-        args = (weight, scheme.weight_bits, scheme.group)
-        return x, _call(fxq.fake_quant_per_group.default, args, like, fake_mode)
-    return x, _call(fxq.fake_quant_per_channel.default, (weight, scheme.weight_bits), like, fake_mode)
+        return _call(fxq.fake_quant_per_group.default, (weight, scheme.weight_bits, scheme.group), like, fake_mode)
+    return _call(fxq.fake_quant_per_channel.default, (weight, scheme.weight_bits), like, fake_mode)
 
 
 def _fake_quant_static(

@@ -6,19 +6,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear
 
 import fxquant
 from fxquant import reference
 from fxquant.calibration.calibration import Calibration
 from fxquant.calibration.qparams import StaticQParams
+from fxquant.calibration.recipes.gelu import choose_after_gelu
 from fxquant.calibration.site import Migration, SiteCalibration, StaticCoding, WeightCodes, weight_digest
 from fxquant.coding import Coding
 from fxquant.errors import CalibrationError
 from fxquant.format_schemes import FORMAT_SCHEMES
 from fxquant.formats import Uniform
 from fxquant.granularity import PerChannel, PerTensor
-from fxquant.planning import ANOTHER_WEIGHT, NO_KERNEL
+from fxquant.planning import ANOTHER_WEIGHT, NO_KERNEL, NO_KERNEL_OF_CODING
 
 K, N = 40, 24
 
@@ -186,12 +187,64 @@ def test_a_calibration_may_give_the_input_a_format_of_its_own(codegen: str) -> N
 
 
 @torch.no_grad()
-def test_a_format_of_the_input_is_nothing_to_an_integer_scheme() -> None:
+@pytest.mark.parametrize("codegen", ["ops", "inductor"])
+@pytest.mark.parametrize("scheme", ["w4a4", "w8a8", "w4a8-g16", "w3a3"])
+def test_integer_weights_and_an_input_in_a_number_format_have_no_kernel(scheme: str, codegen: str) -> None:
+    model, x = layer()
+    coding = Coding(Uniform(5, is_symmetric=True), PerTensor())
+    calibration = one_site(scheme, static=StaticCoding(coding, coding.fit(x)))
+    fast = compiled(model, calibration=calibration, scheme=scheme, codegen=codegen)
+    bits, group = int(scheme[1]), scheme.endswith("-g16")
+    rounded = (
+        reference.fake_quant_per_group(model.weight, bits, 16)
+        if group
+        else reference.fake_quant_per_channel(model.weight, bits)
+    )
+    torch.testing.assert_close(fast(x), linear(coding.fake_quant(x), rounded, model.bias), atol=1e-5, rtol=1e-5)
+    (row,) = fxquant.report(fast).sites
+    assert (row.scheme, row.kernel, row.reason) == (f"{scheme} static symmetric5", None, NO_KERNEL_OF_CODING)
+
+
+@torch.no_grad()
+def test_a_float_input_stays_float() -> None:
     model, x = layer()
     coding = Coding(Uniform(5), PerTensor())
-    fast = compiled(model, calibration=one_site("w4a4", static=StaticCoding(coding, coding.fit(x))), scheme="w4a4")
-    assert torch.equal(fast(x), compiled(layer()[0], scheme="w4a4")(x))
+    fast = compiled(model, calibration=one_site("w4a16", static=StaticCoding(coding, coding.fit(x))), scheme="w4a16")
+    assert torch.equal(fast(x), compiled(layer()[0], scheme="w4a16")(x))
     (row,) = fxquant.report(fast).sites
-    assert row.scheme == "w4a4"
-    assert row.reason is not None
-    assert row.reason.startswith("dynamic: the calibration has a number format for the input, and w4a4 codes it as integers")
+    assert (row.scheme, row.kernel) == ("w4a16", "linear_stream")
+    assert row.reason == "the calibration has a number format for the input, and w4a16 leaves it float"
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(24, 96), nn.Linear(96, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(gelu(self.fc1(x)))
+        return y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codegen", ["ops", "inductor"])
+@pytest.mark.parametrize("method", ["ptq4vit", "adalog"])
+def test_a_linear_behind_gelu_in_the_format_of_a_published_method(method: str, codegen: str) -> None:
+    """With the weight that a calibration rounded; the other linear of the layer keeps its kernel."""
+    torch.manual_seed(0)
+    model, x = FeedForward(), 2 * torch.randn(50, 24)
+    hidden = gelu(model.fc1(x))
+    static = choose_after_gelu("fc2", hidden, model.fc2.weight, method, 4)
+    codes, scale = reference.quantize_weight(model.fc2.weight, 4)
+    other = torch.where(codes > 0, codes - 1, codes)
+    known = WeightCodes(other, scale, weight_digest(model.fc2.weight))
+    site = SiteCalibration("w4a4", (24, 96), static, codes=known)
+    calibration = Calibration("by hand", 1, {"fc2:linear": site})
+    fast = compiled(model, calibration=calibration, sites={"fc2": "w4a4", "fc1": "w8a8"}, codegen=codegen)
+    first = reference.linear_dynamic(x, *reference.quantize_weight(model.fc1.weight, 8), model.fc1.bias, 8)
+    wanted = linear(static.coding.fake_quant(gelu(first), static.qparams), known.value, model.fc2.bias)
+    far = ~torch.isclose(fast(x), wanted, atol=1e-4, rtol=1e-4)  # GELU rounds differently: a code may be the next one
+    assert float(far.double().mean()) < 0.05
+    rows = {row.name: (row.scheme, row.kernel, row.reason) for row in fxquant.report(fast).sites if row.kind == "linear"}
+    assert rows["fc2:linear"] == (f"w4a4 static {static.coding.format.name}", None, NO_KERNEL_OF_CODING)
+    assert rows["fc1:linear"][:2] == ("w8a8", "linear_dynamic")
