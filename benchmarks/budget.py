@@ -148,7 +148,9 @@ def main() -> None:
     """Measure, print the table, write every figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", choices=["avx2"], help="hold torch, oneDNN and MKL to AVX2 too")
-    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), metavar="NAME", help=", ".join(SUBJECTS))
+    parser.add_argument(
+        "--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), metavar="NAME", help=", ".join(SUBJECTS)
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--runs", type=int, nargs="+", default=list(range(10)), metavar="N", help="only these budgets, 0 to 9")
     parser.add_argument("--rounds", type=int, default=30)

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fxquant.calibration.calibration import Calibration
-from fxquant.errors import CalibrationError, ConfigError
+from fxquant.errors import CalibrationError, ConfigError, first_problem
 from fxquant.schemes import check_attention, check_setting, check_site_setting
 
 ENVIRONMENT = {

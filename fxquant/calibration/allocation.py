@@ -71,7 +71,7 @@ def _front(points: Iterable[_Point]) -> list[_Point]:
 def _allocation(point: _Point) -> Allocation:
     parts, at = [], point
     while at.probe is not None and at.before is not None:
-        parts.append({site: at.probe.scheme for site in at.probe.sites})
+        parts.append(dict.fromkeys(at.probe.sites, at.probe.scheme))
         at = at.before
     schemes = {site: scheme for part in reversed(parts) for site, scheme in part.items()}
     return Allocation(schemes, point.error, point.us)

@@ -21,9 +21,7 @@ from fxquant.errors import CalibrationError
 from fxquant.schemes import LinearScheme, parse_scheme
 
 # What a unit may become besides float: of the panel kernels those down to 12 bits in all; fewer are hardly faster on AVX2.
-SCHEMES = tuple(
-    map(parse_scheme, ("w8a8", "w8a7", "w7a8", "w7a7", "w6a8", "w8a6", "w7a6", "w6a7", "w6a6", "w5a7", "w4a8"))
-)
+SCHEMES = tuple(map(parse_scheme, ("w8a8", "w8a7", "w7a8", "w7a7", "w6a8", "w8a6", "w7a6", "w6a7", "w6a6", "w5a7", "w4a8")))
 PROBED, CHECKED = 4, 8  # batches, at most
 PROBED_ROWS = 512  # of all probed batches together, beyond the first one: more tell little
 CERTAINTY = 2.0
@@ -141,9 +139,7 @@ class _Check:
         sites = self.study.sites
         chosen = {name: specification(sites[name], self.known[scheme]) for name, scheme in schemes.items() if scheme != "float"}
         self.study.overrides = {**self.fixed, **chosen}
-        errors = [
-            self.budget.error(y, self.study(batch)) for y, batch in zip(self.wanted, self.batches, strict=True)
-        ]
+        errors = [self.budget.error(y, self.study(batch)) for y, batch in zip(self.wanted, self.batches, strict=True)]
         self.study.overrides = {}
         mean = sum(errors) / len(errors)
         spread = sum((error - mean) ** 2 for error in errors) / max(len(errors) - 1, 1)
@@ -177,9 +173,7 @@ def _largest(front: Sequence[Allocation], check: _Check) -> Allocation:
     return best
 
 
-def _faster_uniform(
-    probes: Sequence[Sequence[Probe]], schemes: Sequence[LinearScheme], found: Allocation
-) -> list[Allocation]:
+def _faster_uniform(probes: Sequence[Sequence[Probe]], schemes: Sequence[LinearScheme], found: Allocation) -> list[Allocation]:
     """One scheme for all, where that is predicted to be faster than what was found, the fastest first."""
     plans = [uniform(probes, str(scheme)) for scheme in schemes]
     return sorted((plan for plan in plans if plan is not None and plan.us < found.us), key=lambda plan: (plan.us, plan.error))

@@ -11,7 +11,7 @@ a weight, leave more noise at as many bits, and the noise tells whether the acti
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 

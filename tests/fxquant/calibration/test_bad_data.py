@@ -97,7 +97,8 @@ def test_a_site_that_only_early_batches_reach_is_not_lost(tmp_path: Path) -> Non
 def test_a_site_that_never_runs_stays_dynamic_and_says_why() -> None:
     model, batches = model_and_batches()
     half = fxquant.calibrate(model[:2], batches, scheme="w8a8")
-    compiled = torch.compile(model, backend="fxquant", options={"codegen": "ops", "scheme": "w8a8", "calibration": half})
+    options: dict[str, Any] = {"codegen": "ops", "scheme": "w8a8", "calibration": half}
+    compiled = torch.compile(model, backend="fxquant", options=options)
     with torch.no_grad():
         compiled(batches[0])
     reasons = {row.name: row.reason for row in fxquant.report(compiled).sites if row.kind == "linear"}
@@ -128,7 +129,7 @@ def test_a_batch_of_a_wrong_type_is_named(batch: Any, budget: Budget | None) -> 
 
 
 def test_a_batch_that_the_model_does_not_take_says_which_one_it_was() -> None:
-    with pytest.raises(Exception, match="mat1 and mat2|shape|size") as raised:  # noqa: PT011 - the model's own error
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError) as raised:
         fxquant.calibrate(nn.Linear(24, 8), [torch.randn(4, 24), torch.randn(4, 7)], scheme="w8a8")
     notes = " ".join(getattr(raised.value, "__notes__", []))
     assert "batch 2 of the calibration data" in notes
