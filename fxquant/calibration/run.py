@@ -75,8 +75,9 @@ def _refuse_with_budget(scheme: str, method: str, checkpoint: Path | None) -> No
         )
     if method != DEFAULT_METHOD:
         raise ConfigError(
-            f"method {method!r} and a budget: the plan of a budget rounds weights to the nearest, and its activations "
-            f"are dynamic; leave method out, or calibrate again with method={method!r} and options={{'sites': calibration.plan.schemes}}"
+            f"method {method!r} and a budget: the plan of a budget rounds weights to the nearest, and its activations are "
+            f"dynamic; leave method out, or calibrate again with method={method!r} and "
+            "options={'sites': calibration.plan.schemes}"
         )
     if checkpoint is not None:
         raise ConfigError(f"checkpoint {str(checkpoint)!r} and a budget: its search cannot be stopped and go on; leave it out")
