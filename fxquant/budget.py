@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from fxquant.errors import ConfigError
+from fxquant.errors import ConfigError, first_problem
 
 Metric = Callable[[Any, Any], float]
 
@@ -39,9 +39,8 @@ class Budget(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"budget{f', {place}' if place else ''}: {first['msg']}") from None
+            place, problem, _ = first_problem(error)
+            raise ConfigError(f"budget{f', {place}' if place else ''}: {problem}") from None
 
     @model_validator(mode="after")
     def _one_limit(self) -> "Budget":

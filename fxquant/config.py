@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fxquant.calibration.calibration import Calibration
-from fxquant.errors import CalibrationError, ConfigError
+from fxquant.errors import CalibrationError, ConfigError, first_problem
 from fxquant.schemes import check_attention, check_setting, check_site_setting
 
 ENVIRONMENT = {
@@ -80,9 +80,8 @@ class FxQuantConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"option {place!r}: {first['msg']}; got {first['input']!r}") from None
+            place, problem, value = first_problem(error)
+            raise ConfigError(f"option {place!r}: {problem}; got {value!r}") from None
         made_with = self.folds if self.calibration is None else self.calibration.reparameterize
         if self.reparameterize and {*self.reparameterize} != {*made_with}:
             raise CalibrationError(

@@ -17,6 +17,11 @@ FxQuantWarning                  base of all warnings
 └── FloatFallbackWarning        a whole graph stays float for a reason that the report also gives
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class FxQuantError(Exception):
     """Base of every error that fxquant raises."""
@@ -72,3 +77,9 @@ class GradModeWarning(FxQuantWarning):
 
 class FloatFallbackWarning(FxQuantWarning):
     """A whole graph stays float; the report gives the same reason."""
+
+
+def first_problem(error: "ValidationError") -> tuple[str, str, Any]:
+    """Where the first problem that pydantic found is, what it is, and the value: "" where no single field is to blame."""
+    first = error.errors()[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"], first["input"]

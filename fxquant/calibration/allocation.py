@@ -1,6 +1,6 @@
-"""Bits by cost against error: of one probe a site, the fastest whose errors add up to at most a limit.
+"""Bits by cost against error: of one probe a unit, the fastest whose errors add up to at most a limit.
 
-A multiple-choice knapsack. Site by site, the front of all sums of error and time is kept: points that no other beats in both.
+A multiple-choice knapsack. Unit by unit, the front of all sums of error and time is kept: points that no other beats in both.
 That is exact up to ``MOST_POINTS`` points, beyond which neighbours on the front are thinned out.
 """
 
@@ -29,8 +29,8 @@ class _Point:
     before: "_Point | None" = None
 
 
-def allocate(probes: Mapping[str, Sequence[Probe]], limit: float) -> Allocation:
-    """The fastest allocation whose errors add up to at most ``limit``; every site needs one without error."""
+def allocate(probes: Sequence[Sequence[Probe]], limit: float) -> Allocation:
+    """The fastest allocation whose errors add up to at most ``limit``; every unit needs one without error."""
     return within(curve(probes), limit)
 
 
@@ -39,12 +39,23 @@ def within(front: Sequence[Allocation], limit: float) -> Allocation:
     return [point for point in front if point.error <= limit][-1]
 
 
-def curve(probes: Mapping[str, Sequence[Probe]]) -> list[Allocation]:
+def curve(probes: Sequence[Sequence[Probe]]) -> list[Allocation]:
     """The front of time against error: from the least error to the least time."""
     front = [_Point(0.0, 0.0)]
-    for found in probes.values():
-        front = _front(_Point(p.error + q.error, p.us + q.us, q, p) for p in front for q in found)
+    for found in probes:
+        options = [point.probe for point in _front(_Point(q.error, q.us, q) for q in found) if point.probe is not None]
+        front = _front(_Point(p.error + q.error, p.us + q.us, q, p) for p in front for q in options)
     return [_allocation(point) for point in front]
+
+
+def uniform(probes: Sequence[Sequence[Probe]], scheme: str) -> Allocation | None:
+    """Every unit in one scheme; None where one has no probe of it."""
+    chosen = [next((probe for probe in found if probe.scheme == scheme), None) for found in probes]
+    kept = [probe for probe in chosen if probe is not None]
+    if len(kept) < len(chosen):
+        return None
+    schemes = {site: scheme for probe in kept for site in probe.sites}
+    return Allocation(schemes, sum(probe.error for probe in kept), sum(probe.us for probe in kept))
 
 
 def _front(points: Iterable[_Point]) -> list[_Point]:
@@ -58,8 +69,9 @@ def _front(points: Iterable[_Point]) -> list[_Point]:
 
 
 def _allocation(point: _Point) -> Allocation:
-    schemes, at = {}, point
+    parts, at = [], point
     while at.probe is not None and at.before is not None:
-        schemes[at.probe.site] = at.probe.scheme
+        parts.append(dict.fromkeys(at.probe.sites, at.probe.scheme))
         at = at.before
-    return Allocation(dict(reversed(schemes.items())), point.error, point.us)
+    schemes = {site: scheme for part in reversed(parts) for site, scheme in part.items()}
+    return Allocation(schemes, point.error, point.us)

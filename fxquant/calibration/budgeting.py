@@ -1,33 +1,39 @@
-"""The fastest plan that keeps a budget: probe every site, allocate bits, measure the plan as a whole, tighten if need be.
+"""The fastest plan that keeps a budget: probe every unit, allocate bits, measure plans as a whole.
 
-Errors of single sites add up only for small noise, so the allocation is measured on batches that the probes did not see. The
-mean over them plus ``CERTAINTY`` standard errors has to keep the budget; otherwise the limit is tightened and the bits are
-allocated again.
+Errors of single units add up only for small noise, so allocations are measured on batches that the probes did not see. The
+mean over them plus ``CERTAINTY`` standard errors has to keep the budget. The limit of the allocation is moved until it is as
+close to the budget as a few measurements bring it; a plan of one scheme for all that is faster and keeps the budget wins.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from fxquant.budget import Budget
-from fxquant.calibration.allocation import Allocation, curve, within
+from fxquant.calibration.allocation import Allocation, curve, uniform, within
+from fxquant.calibration.observers import refuse_not_finite
 from fxquant.calibration.sensitivity import Probe, measure, specification
-from fxquant.calibration.study import Linear, Study
+from fxquant.calibration.study import Study
 from fxquant.errors import CalibrationError
 from fxquant.schemes import LinearScheme, parse_scheme
 
-SCHEMES = tuple(map(parse_scheme, ("w8a8", "w8a7", "w7a7", "w6a6")))  # what a site may become besides float
+# What a unit may become besides float: of the panel kernels those down to 12 bits in all; fewer are hardly faster on AVX2.
+SCHEMES = tuple(map(parse_scheme, ("w8a8", "w8a7", "w7a8", "w7a7", "w6a8", "w8a6", "w7a6", "w6a7", "w6a6", "w5a7", "w4a8")))
 PROBED, CHECKED = 4, 8  # batches, at most
+PROBED_ROWS = 512  # of all probed batches together, beyond the first one: more tell little
 CERTAINTY = 2.0
-MARGIN, TIGHTER, ATTEMPTS = 0.8, 0.7, 12  # of the limit at first, then each time; below 0.02 of it nothing is left
+MARGIN, ATTEMPTS, CLOSE = 0.8, 7, 1.03  # of the limit at first, measurements, factor between limits that end the search
 
 
 @dataclass(frozen=True)
 class BudgetedPlan:
     """Site → scheme name, with the error that was measured on data the probes did not see, and what else was on offer.
 
-    ``us`` is the predicted time of all linears of a call, ``float_us`` that of the float model.
+    ``us`` is the predicted time of all linears of a call, ``float_us`` that of the float model. ``probes``: those of every
+    unit of linears that read one value.
     """
 
     schemes: Mapping[str, str]
@@ -35,18 +41,23 @@ class BudgetedPlan:
     us: float
     float_us: float
     curve: tuple[Allocation, ...]
-    probes: Mapping[str, tuple[Probe, ...]]
+    probes: tuple[tuple[Probe, ...], ...]
+
+    @property
+    def islands(self) -> tuple[str, ...]:
+        """The sites that stay float because the budget has no room for them."""
+        return tuple(name for name, scheme in self.schemes.items() if scheme == "float")
 
 
 def split(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Batches to probe on and batches to check on: alternating, and disjoint where there are two.
+    """Batches to probe on and batches to check on: every third one, and the others.
 
     Raises:
         CalibrationError: there are fewer than two.
     """
     if len(batches) < 2:
         raise CalibrationError("a budget needs at least two batches: some to choose by, others to check the choice on")
-    return list(batches[::2])[:PROBED], list(batches[1::2])[:CHECKED]
+    return list(batches[::3])[:PROBED], [batch for i, batch in enumerate(batches) if i % 3][:CHECKED]
 
 
 def keep_budget(
@@ -56,36 +67,113 @@ def keep_budget(
     schemes: Sequence[LinearScheme] = SCHEMES,
     on_probe: Callable[[int, int], None] = lambda done, total: None,
 ) -> BudgetedPlan:
-    """The fastest plan found whose error on unseen batches keeps the budget; all float keeps every budget."""
+    """The fastest plan found whose error on unseen batches keeps the budget; all float keeps every budget.
+
+    Linears whose scheme was asked for by name keep it, and their error counts.
+
+    Raises:
+        CalibrationError: there are fewer than two batches, no linear ran, an input is not finite, or the schemes that were
+            asked for by name alone exceed the budget.
+    """
     probed, checked = split(batches)
+    check = _Check(study, budget, {str(scheme): scheme for scheme in schemes}, checked, _references(study, checked))
+    _references(study, probed)
+    if not study.sites:
+        raise CalibrationError("no linear that could be quantized ran on these batches")
+    probed = probed[: 1 + max(PROBED_ROWS // max(site.rows or 1 for site in study.sites.values()) - 1, 0)]
+    study.overrides = check.fixed
     probes = measure(study, probed, schemes, budget.error, on_probe)
-    wanted = [study(batch) for batch in checked]
+    study.overrides = {}
     front = curve(probes)
-    limit, known = budget.limit * MARGIN, {str(scheme): scheme for scheme in schemes}
+    found = _largest(front, check)
+    for plan in _faster_uniform(probes, schemes, found):
+        if check.keeps(plan):
+            found = plan
+            break
+    float_us = sum(probe.us for options in probes for probe in options if probe.scheme == "float")
+    return BudgetedPlan(found.schemes, check(found), found.us, float_us, tuple(front), tuple(map(tuple, probes)))
+
+
+def _references(study: Study, batches: Sequence[Any]) -> list[Any]:
+    """The float outputs; an input of a linear that is not finite is refused."""
+
+    def watch(name: str, x: Tensor) -> None:
+        refuse_not_finite(name, x)
+
+    study.watch = watch
+    try:
+        return [study(batch) for batch in batches]
+    finally:
+        study.watch = None
+
+
+@dataclass
+class _Check:
+    """Measures plans as a whole, each once."""
+
+    study: Study
+    budget: Budget
+    known: Mapping[str, LinearScheme]
+    batches: Sequence[Any]
+    wanted: Sequence[Any]
+    _errors: dict[tuple[str, ...], float] = field(default_factory=dict)
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The linears whose scheme was asked for by name, as their specifications."""
+        sites = [site for site in self.study.sites.values() if site.is_explicit and site.scheme is not None]
+        return {site.name: specification(site, site.scheme) for site in sites if site.scheme is not None}
+
+    def keeps(self, plan: Allocation) -> bool:
+        """Whether a plan keeps the budget."""
+        return self(plan) <= self.budget.limit
+
+    def __call__(self, plan: Allocation) -> float:
+        """The mean error of a plan over the batches, plus what it may be off by."""
+        key = tuple(plan.schemes.values())
+        if key not in self._errors:
+            self._errors[key] = self._measured(plan.schemes)
+        return self._errors[key]
+
+    def _measured(self, schemes: Mapping[str, str]) -> float:
+        sites = self.study.sites
+        chosen = {name: specification(sites[name], self.known[scheme]) for name, scheme in schemes.items() if scheme != "float"}
+        self.study.overrides = {**self.fixed, **chosen}
+        errors = [self.budget.error(y, self.study(batch)) for y, batch in zip(self.wanted, self.batches, strict=True)]
+        self.study.overrides = {}
+        mean = sum(errors) / len(errors)
+        spread = sum((error - mean) ** 2 for error in errors) / max(len(errors) - 1, 1)
+        return mean + CERTAINTY * math.sqrt(spread / len(errors))
+
+
+def _largest(front: Sequence[Allocation], check: _Check) -> Allocation:
+    """The fastest on the front that keeps the budget, as far as a few measurements tell."""
+    best, low, high = within(front, 0.0), 0.0, math.inf
+    limit = check.budget.limit * MARGIN
     for _ in range(ATTEMPTS):
         found = within(front, limit)
-        error = _measured(study, checked, wanted, budget, _overrides(study, found.schemes, known))
-        if error <= budget.limit:
+        error = check(found)
+        if error <= check.budget.limit:
+            best, low = found, max(limit, found.error)
+            if found is front[-1]:
+                break
+        else:
+            high = limit
+        if high <= low * CLOSE:
             break
-        limit *= TIGHTER
-    else:
-        found, error = within(front, 0.0), 0.0
-    float_us = sum(probe.us for options in probes.values() for probe in options if probe.scheme == "float")
-    kept = {name: tuple(options) for name, options in probes.items()}
-    return BudgetedPlan(found.schemes, error, found.us, float_us, tuple(front), kept)
+        wanted = limit * check.budget.limit / error * 0.98 if error > 0 else math.inf
+        bottom, top = (low * 1.01, high / 1.01) if low > 0 else (limit / 20, limit * 0.9)
+        limit = min(max(wanted, bottom), top, front[-1].error)
+    if not check.keeps(best):
+        value = check.budget.value(check(best))
+        raise CalibrationError(
+            f"the schemes that the options name for single sites alone exceed the budget ({value:.4g}); "
+            "loosen the budget, or leave these sites to it"
+        )
+    return best
 
 
-def _measured(
-    study: Study, batches: Sequence[Any], wanted: Sequence[Any], budget: Budget, overrides: Mapping[str, Linear]
-) -> float:
-    """The mean error of a plan over batches, plus what it may be off by."""
-    study.overrides = overrides
-    errors = [budget.error(y, study(batch)) for y, batch in zip(wanted, batches, strict=True)]
-    study.overrides = {}
-    mean = sum(errors) / len(errors)
-    spread = sum((error - mean) ** 2 for error in errors) / max(len(errors) - 1, 1)
-    return mean + CERTAINTY * math.sqrt(spread / len(errors))
-
-
-def _overrides(study: Study, schemes: Mapping[str, str], known: Mapping[str, LinearScheme]) -> dict[str, Linear]:
-    return {name: specification(study.sites[name], known[scheme]) for name, scheme in schemes.items() if scheme in known}
+def _faster_uniform(probes: Sequence[Sequence[Probe]], schemes: Sequence[LinearScheme], found: Allocation) -> list[Allocation]:
+    """One scheme for all, where that is predicted to be faster than what was found, the fastest first."""
+    plans = [uniform(probes, str(scheme)) for scheme in schemes]
+    return sorted((plan for plan in plans if plan is not None and plan.us < found.us), key=lambda plan: (plan.us, plan.error))

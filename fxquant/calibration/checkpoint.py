@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fxquant.calibration.digested import content_digest
 from fxquant.errors import CalibrationError
 
 SCHEMA, VERSION = "fxquant.calibration.checkpoint", 1
@@ -37,11 +38,11 @@ class Checkpoint:
             return 0, {}
         try:
             with safe_open(str(self._path), framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("fxquant", "{}"))
-                states: States = {}
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    site, observer, key = name.rsplit("/", 2)
-                    states.setdefault(site, {}).setdefault(observer, {})[key] = file.get_tensor(name)
+                metadata = file.metadata() or {}
+                flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            about = json.loads(metadata.get("fxquant", "{}"))
+            if metadata.get("digest") != content_digest(metadata.get("fxquant", ""), flat):
+                raise ValueError("its contents are not those that were written")
         except (OSError, SafetensorError, ValueError) as error:
             raise CalibrationError(f"checkpoint {self._path} cannot be read: {error}; delete it to start anew") from None
         wanted = {"schema": SCHEMA, "version": VERSION, "identity": self._identity}
@@ -50,6 +51,10 @@ class Checkpoint:
                 f"checkpoint {self._path} is of another run ({about.get('identity')}, not {self._identity}); "
                 "delete it, or name another file"
             )
+        states: States = {}
+        for name, value in flat.items():
+            site, observer, key = name.rsplit("/", 2)
+            states.setdefault(site, {}).setdefault(observer, {})[key] = value
         return int(about["batches"]), states
 
     def is_due(self) -> bool:
@@ -66,9 +71,9 @@ class Checkpoint:
             for observer, state in observers.items()
             for key, value in state.items()
         }
-        about = {"schema": SCHEMA, "version": VERSION, "identity": self._identity, "batches": batches}
+        text = json.dumps({"schema": SCHEMA, "version": VERSION, "identity": self._identity, "batches": batches})
         beside = self._path.with_name(self._path.name + ".part")
-        save_file(flat, str(beside), {"fxquant": json.dumps(about)})
+        save_file(flat, str(beside), {"fxquant": text, "digest": content_digest(text, flat)})
         os.replace(beside, self._path)
         self._saved_at = time.monotonic()
 

@@ -24,14 +24,19 @@ class Digested(ABC):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything in it."""
-        digest = hashlib.sha256(repr(self.about()).encode())
-        for name, tensor in sorted(self.tensors().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return content_digest(repr(self.about()), self.tensors())
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and isinstance(other, Digested) and other.digest == self.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+
+def content_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a text and of tensors by name: shape, dtype and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

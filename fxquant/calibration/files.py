@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.attention import AttentionCalibration
+from fxquant.calibration.digested import content_digest
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.site import Migration, SiteCalibration, StaticCoding, WeightCodes
 from fxquant.coding import Coding
@@ -53,7 +54,7 @@ def write(path: str | Path, about: Mapping[str, Any], contents: Contents) -> Non
         "attention": {name: known.about() for name, known in contents.attention.items()},
     }
     text = json.dumps({"schema": SCHEMA, "version": VERSION, **about, **described})
-    save_file(tensors, str(path), {"fxquant": text})
+    save_file(tensors, str(path), {"fxquant": text, "digest": content_digest(text, tensors)})
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Contents]:
@@ -66,12 +67,15 @@ def read(path: str | Path) -> tuple[dict[str, Any], Contents]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("fxquant", "{}"))
+            metadata = file.metadata() or {}
+            about = json.loads(metadata.get("fxquant", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise CalibrationError(f"calibration file {path} cannot be read: {error}") from None
     if about.get("schema") != SCHEMA or about.get("version") != VERSION:
         raise CalibrationError(f"{path} is no calibration of version {VERSION}; write it again with fxquant.calibrate")
+    if metadata.get("digest") != content_digest(metadata["fxquant"], tensors):
+        raise CalibrationError(f"calibration file {path} is damaged: its contents are not those that were written")
     try:
         sites = {name: _rebuild(values, _under(tensors, name)) for name, values in about.pop("sites").items()}
         attention = {

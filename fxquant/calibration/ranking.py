@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxquant.budget import Budget
 from fxquant.calibration.sensitivity import specification
-from fxquant.calibration.study import Study
+from fxquant.calibration.study import Study, refuse_no_batches
 from fxquant.config import FxQuantConfig
 from fxquant.errors import CalibrationError
 from fxquant.reference import quantize_activation
@@ -75,6 +75,7 @@ def rank(model: Callable[..., Any], batches: Iterable[Any], config: FxQuantConfi
     Raises:
         CalibrationError: there is no batch, or nothing would be quantized.
     """
+    refuse_no_batches(batches)
     kept = list(batches)
     if not kept:
         raise CalibrationError("there is no batch to rank errors on")

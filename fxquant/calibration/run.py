@@ -1,8 +1,7 @@
 """fxquant.calibrate: data through the recognised float graph, observers at the inputs of linears."""
 
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from fxquant.calibration.checkpoint import Checkpoint
 from fxquant.calibration.recipes import Gathered, Recipe, find_recipe
 from fxquant.calibration.recipes.attention import attention_bits, choose_attention
 from fxquant.calibration.site import SiteCalibration
-from fxquant.calibration.study import LinearSite, Study
+from fxquant.calibration.study import LinearSite, Study, refuse_no_batches
 from fxquant.calibration.watching import Watching
 from fxquant.config import override_options
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, ConfigError
 
+DEFAULT_METHOD = "minmax"
 Progress = Callable[[str, int, int | None], None]  # (what, how many are done, of how many)
 
 
@@ -34,62 +34,104 @@ def run(
 ) -> Calibration:
     """What ``fxquant.calibrate`` returns; memory does not grow with the number of batches."""
     recipe = find_recipe(method)
+    refuse_no_batches(batches)
     config = override_options(options, scheme=scheme, calibration=None)
+    if budget is not None:
+        _refuse_with_budget(scheme, method, checkpoint)
+        return _run_budget(Study(model, config), batches, budget, progress)
     identity = {"method": method, "options": config.model_dump_json(), "seed": str(seed)}
     kept_in = None if checkpoint is None else Checkpoint(checkpoint, identity)
-    study = Study(model, config)
-    plan = None
-    if budget is not None:
-        batches, kept = _first(batches, PROBED + CHECKED)
-        plan = keep_budget(study, kept, budget, on_probe=lambda done, total: progress("probing sites", done, total))
-    # A budget's plan reads no statistics: its data are only counted, and checked to be finite.
-    observed = recipe if plan is None else replace(recipe, observes=())
-    bits = attention_bits(recipe, config) if plan is None else None
-    watching = Watching(study, observed, seed, bits is not None, {})
-    count = _observe(watching, batches, kept_in, progress)
-    attention = {}
-    if plan is not None:
-        sites = {name: _budgeted(study.sites[name], chosen) for name, chosen in plan.schemes.items()}
-    else:
-        sites = _code(watching.gathered, recipe, progress)
-    if bits is not None:
-        attention = {path: choose_attention(each.seen(), method, bits) for path, each in watching.samplers.items()}
+    bits = attention_bits(recipe, config)
+    watching, count = _observe(Study(model, config), batches, recipe, seed, bits is not None, kept_in, progress)
+    sites = _code(watching.gathered, recipe, progress)
+    attention = (
+        {} if bits is None else {p: choose_attention(each.seen(), method, bits) for p, each in watching.samplers.items()}
+    )
     if kept_in is not None:
         kept_in.remove()
     if not sites and not attention:
         raise CalibrationError("no linear that could be quantized ran on these batches")
-    return Calibration(method, count, sites, plan, study.config.folds, attention=attention)
+    return Calibration(method, count, sites, reparameterize=config.folds, attention=attention)
 
 
-def _observe(watching: Watching, batches: Iterable[Any], checkpoint: Checkpoint | None, progress: Progress) -> int:
-    """Run every batch once, in float, for what watches; how many there were."""
-    study = watching.study
-    seen, watching.restored = checkpoint.load() if checkpoint is not None else (0, {})
-    watching.start()
-    count, last, is_whole = 0, None, True  # whether no batch is half seen
+def _run_budget(study: Study, batches: Iterable[Any], budget: Budget, progress: Progress) -> Calibration:
+    """The plan of a budget as a calibration; no more batches are read than it looks at."""
+    kept = list(islice(batches, PROBED + CHECKED))
+    plan = keep_budget(study, kept, budget, on_probe=lambda done, total: progress("probing linears", done, total))
+    sites = {name: _budgeted(study.sites[name], chosen) for name, chosen in plan.schemes.items()}
+    return Calibration("budget", len(kept), sites, plan, reparameterize=study.config.folds)
+
+
+def _refuse_with_budget(scheme: str, method: str, checkpoint: Path | None) -> None:
+    """Refuse what a budget would not heed.
+
+    Raises:
+        ConfigError: a scheme, a method or a checkpoint stands beside it.
+    """
+    if scheme != "auto":
+        raise ConfigError(
+            f"scheme {scheme!r} and a budget: a budget gives every linear a scheme; leave scheme out, or name single sites "
+            f"in options={{'sites': {{...: {scheme!r}}}}}"
+        )
+    if method != DEFAULT_METHOD:
+        raise ConfigError(
+            f"method {method!r} and a budget: the plan of a budget rounds weights to the nearest, and its activations are "
+            f"dynamic; leave method out, or calibrate again with method={method!r} and "
+            "options={'sites': calibration.plan.schemes}"
+        )
+    if checkpoint is not None:
+        raise ConfigError(f"checkpoint {str(checkpoint)!r} and a budget: its search cannot be stopped and go on; leave it out")
+
+
+def _observe(
+    study: Study,
+    batches: Iterable[Any],
+    recipe: Recipe,
+    seed: int,
+    attention: bool,
+    checkpoint: Checkpoint | None,
+    progress: Progress,
+) -> tuple[Watching, int]:
+    """Run every batch once, in float; what was seen of each site, and how many there were.
+
+    Batches that a checkpoint has seen are run again only until every site that it knows has been met.
+    """
+    seen, states = checkpoint.load() if checkpoint is not None else (0, {})
+    watching = Watching(study, recipe, seed, states, holds=checkpoint is not None, attention=attention)
+    count, is_whole = 0, True  # whether no batch is half observed
     total = len(batches) if isinstance(batches, Sized) else None
     try:
         for batch in batches:
-            last = batch
+            watching.is_on = count >= seen
+            if watching.is_on or not watching.knows_all:
+                _run_batch(study, batch, count + 1)
             is_whole = False
-            if count >= seen:
-                study(batch)
-            count += 1
-            is_whole = True
+            watching.take()
+            count, is_whole = count + 1, True
             progress("observing batches", count, total)
             if checkpoint is not None and checkpoint.is_due():
-                checkpoint.save(count, watching.states())
+                checkpoint.save(max(count, seen), watching.states())
     except BaseException:  # Ctrl-C too: what was seen is kept
         if checkpoint is not None and not watching.is_empty and is_whole:
-            checkpoint.save(count, watching.states())
+            checkpoint.save(max(count, seen), watching.states())
         raise
     if count == 0:
-        raise CalibrationError("there is no batch to calibrate on")
-    if watching.is_empty:  # all was seen before a stop: one more run tells the sites, and nothing is observed
-        watching.is_observing = False
-        study(last)
-    watching.stop()
-    return count
+        raise CalibrationError("there is no batch to calibrate on; a generator that was read before is empty")
+    if count < seen:
+        raise CalibrationError(f"the checkpoint has seen {seen} batches, and there are {count}; give it the batches of before")
+    watching.complete()
+    return watching, count
+
+
+def _run_batch(study: Study, batch: Any, number: int) -> None:
+    """One batch in float; what it raises says which one it was."""
+    try:
+        study(batch)
+    except CalibrationError as error:
+        raise CalibrationError(f"batch {number}: {error}") from None
+    except Exception as error:
+        error.add_note(f"fxquant.calibrate: in batch {number} of the calibration data")
+        raise
 
 
 def _code(gathered: Mapping[str, Gathered], recipe: Recipe, progress: Progress) -> dict[str, SiteCalibration]:
@@ -101,15 +143,6 @@ def _code(gathered: Mapping[str, Gathered], recipe: Recipe, progress: Progress) 
             sites[name] = known
         progress("coding sites", done, len(gathered))
     return sites
-
-
-def _first(batches: Iterable[Any], most: int) -> tuple[Iterable[Any], list[Any]]:
-    """All batches again, and the first of them as a list."""
-    if isinstance(batches, (list, tuple)):
-        return batches, list(batches[:most])
-    stream = iter(batches)
-    kept = list(islice(stream, most))
-    return chain(kept, stream), kept
 
 
 def _budgeted(site: LinearSite, scheme: str) -> SiteCalibration:

@@ -5,8 +5,8 @@ of each attention by the names of ``passes.fuse.attention.operands`` (and its pa
 way. Nothing is compiled.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from fxquant.binding import frozen_value
 from fxquant.calibration.attention import attention_path
 from fxquant.capture import compiled_call
 from fxquant.config import FxQuantConfig
+from fxquant.errors import CalibrationError
 from fxquant.linear_choice import rows_hint
 from fxquant.lowering.isa import current_isa
 from fxquant.passes.fuse import attention
+from fxquant.passes.fuse.row_nodes import is_alias
 from fxquant.passes.quantize.linear import conditions
 from fxquant.passes.reparam import vector_inputs
 from fxquant.plan import origin, resolve_scheme, setting_for
@@ -36,7 +38,8 @@ class LinearSite:
     """One linear: its weight [N, K], the scheme that the options give it (None: float), and how often it multiplies.
 
     ``is_explicit``: the scheme was asked for by name. ``rows`` are those of its input where they are known when captured,
-    ``reads`` the kind of operator that its input comes from, such as layer_norm or gelu, where that is a candidate itself.
+    ``reads`` names that input: linears that share it have the same. ``follows`` is the kind of operator that it comes from,
+    such as layer_norm or gelu, where that is a candidate itself.
     """
 
     name: str
@@ -44,12 +47,25 @@ class LinearSite:
     scheme: LinearScheme | None
     is_explicit: bool
     rows: int | None
-    reads: str | None = None
+    reads: str = ""
+    follows: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return int(self.weight.shape[0]), int(self.weight.shape[1])
+
+
+@dataclass
+class Prefix:
+    """The values of one batch up to a linear, so that what differs from there on need not run the rest again.
+
+    ``owner`` and ``position``: the graph, and how many of its nodes are done.
+    """
+
+    owner: "_Studied | None" = None
+    position: int = 0
+    values: dict[fx.Node, Any] = field(default_factory=dict)
 
 
 class Study:
@@ -62,11 +78,24 @@ class Study:
         self.watch: Callable[[str, Tensor], None] | None = None
         self.watch_attention: Callable[[str, Mapping[str, Any]], None] | None = None
         self.overrides: Mapping[str, Linear] = {}
+        self.runs = 0  # of graphs: several a call where the model has graph breaks
+        self.resumed: tuple[str, Prefix] | None = None
 
     def __call__(self, batch: Any) -> Any:
         """The model's output for a tensor, a tuple (positional arguments) or a mapping (keyword arguments)."""
         with torch.no_grad():
             return self._call(*arguments(batch))
+
+    def resume(self, batch: Any, name: str, prefix: Prefix) -> Any:
+        """The same as a call where no linear before ``name`` is computed in another way than when the prefix was made.
+
+        Only for models of one graph; the prefix moves on to ``name``.
+        """
+        self.resumed = name, prefix
+        try:
+            return self(batch)
+        finally:
+            self.resumed = None
 
     def linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What stands in the place of a linear."""
@@ -96,6 +125,7 @@ class Study:
                     None if isinstance(scheme, str) else scheme,
                     setting != "auto",
                     rows_hint(node),
+                    f"{graph.record.name} {_unviewed(x).name}",
                     kind_of(origin(x)),
                 )
         vectors, studied = vector_inputs(captured.gm.graph), _Studied(captured.gm, names, attentions, self)
@@ -110,6 +140,31 @@ class _Studied(fx.Interpreter):
     ) -> None:
         super().__init__(gm)
         self._names, self._attentions, self._study = names, attentions, study
+        self._nodes = list(gm.graph.nodes)
+        self._position = {names[node]: i for i, node in enumerate(self._nodes) if node in names}
+        self._is_pure = not any(_is_mutable(node) for node in self._nodes)
+
+    def run(self, *args: Any, **keywords: Any) -> Any:
+        """The graph's outputs; from the prefix on where the study resumes."""
+        self._study.runs += 1
+        if self._study.resumed is None or not self._is_pure:
+            return super().run(*args, **keywords)
+        name, prefix = self._study.resumed
+        stop = self._position[name]
+        if prefix.owner is not self or prefix.position > stop:
+            prefix.owner, prefix.position, prefix.values = self, 0, {}
+        self.args_iter, self.env = iter(args), dict(prefix.values)
+        self._run_nodes(prefix.position, stop)
+        prefix.position, prefix.values = stop, dict(self.env)
+        return self._run_nodes(stop, len(self._nodes))
+
+    def _run_nodes(self, first: int, end: int) -> Any:
+        """The value of the last of some nodes; what no later one reads is let go."""
+        for node in self._nodes[first:end]:
+            self.env[node] = self.run_node(node)
+            for dead in self.user_to_last_uses.get(node, ()):
+                del self.env[dead]
+        return self.env.pop(self._nodes[-1]) if end == len(self._nodes) else None
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's value."""
@@ -124,8 +179,41 @@ class _Studied(fx.Interpreter):
         return self._study.linear(name, args[0], args[1], args[2] if len(args) > 2 else None)
 
 
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _unviewed(x: fx.Node) -> fx.Node:
+    """The value behind views."""
+    while is_alias(x) and isinstance(x.args[0], fx.Node):
+        x = x.args[0]
+    return x
+
+
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of a batch."""
+    """(args, kwargs) of a batch.
+
+    Raises:
+        CalibrationError: it is neither a tensor, nor a tuple or list, nor a mapping.
+    """
     if isinstance(batch, Mapping):
         return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    raise CalibrationError(
+        f"a batch is a {type(batch).__name__}; give a tensor, a tuple of positional arguments or a mapping of keyword arguments"
+    )
+
+
+def refuse_no_batches(batches: object) -> None:
+    """Refuse what is no collection of batches, or is one batch.
+
+    Raises:
+        CalibrationError: naming the type.
+    """
+    if isinstance(batches, (Tensor, Mapping, str, bytes)) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"batches is a {type(batches).__name__}; give a list or a generator of batches, each a tensor, a tuple or a mapping"
+        )

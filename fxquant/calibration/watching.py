@@ -1,13 +1,13 @@
-"""What a recipe sees while batches run: an observer or more at the input of every linear, a sampler at every attention."""
+"""What a recipe sees while batches run: observers at the input of every linear, a sampler at every attention."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from fxquant.calibration.checkpoint import States
-from fxquant.calibration.observer import MinMaxObserver
+from fxquant.calibration.observers import InputExtents, refuse_not_finite
 from fxquant.calibration.recipes import Gathered, Recipe
 from fxquant.calibration.recipes.attention_samples import AttentionSampler
 from fxquant.calibration.recipes.base import OBSERVERS
@@ -17,58 +17,88 @@ from fxquant.schemes import Scheme
 _ATTENTION = "attention/"
 
 
-@dataclass
 class Watching:
-    """``gathered`` by site name, ``samplers`` by the path of an attention; ``restored`` are states that both go on from.
+    """Watches a study with the observers of a recipe at every linear that has an integer scheme, and perhaps at attention.
 
-    ``is_observing`` False: sites are met, and nothing is observed. ``attention``: whether attention is sampled.
+    With ``holds`` the inputs of a batch are kept until ``take``, so that a batch that fails half-way counts as none. ``states``
+    are what is gone on from.
     """
 
-    study: Study
-    recipe: Recipe
-    seed: int
-    attention: bool
-    restored: States
-    gathered: dict[str, Gathered] = field(default_factory=dict)
-    samplers: dict[str, AttentionSampler] = field(default_factory=dict)
-    is_observing: bool = True
+    def __init__(self, study: Study, recipe: Recipe, seed: int, states: States, *, holds: bool, attention: bool) -> None:
+        self._study, self._recipe, self._seed, self._states, self._holds = study, recipe, seed, states, holds
+        self._held: list[Callable[[], None]] = []
+        self.gathered: dict[str, Gathered] = {}
+        self.samplers: dict[str, AttentionSampler] = {}
+        self.is_on = True
+        study.watch = self._linear
+        study.watch_attention = self._attention if attention else None
 
-    def start(self) -> None:
-        """Watch the study."""
-        self.study.watch = self._linear
-        self.study.watch_attention = self._attention if self.attention else None
+    def take(self) -> None:
+        """Observe what is held."""
+        for observe in self._held:
+            observe()
+        self._held.clear()
 
-    def stop(self) -> None:
-        """Watch no more."""
-        self.study.watch = self.study.watch_attention = None
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was observed."""
+        return not self.gathered and not self.samplers
+
+    @property
+    def knows_all(self) -> bool:
+        """Whether every linear of the states that it goes on from has been met."""
+        return {name for name in self._states if not name.startswith(_ATTENTION)} <= self._study.sites.keys()
+
+    def complete(self) -> None:
+        """Everything that was seen, before a stop and after it, is in ``gathered`` and ``samplers``; watches no more."""
+        for name in self._states.keys() & self._study.sites.keys():
+            self._at(name)
+        for name in self._states:
+            if name.startswith(_ATTENTION):
+                self._sampler(name.removeprefix(_ATTENTION))
+        self._study.watch = self._study.watch_attention = None
 
     def states(self) -> States:
         """What a checkpoint keeps."""
         linears = {name: each.states() for name, each in self.gathered.items()}
-        return linears | {f"{_ATTENTION}{path}": each.states() for path, each in self.samplers.items()}
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no site was met."""
-        return not self.gathered and not self.samplers
+        attention = {f"{_ATTENTION}{path}": each.states() for path, each in self.samplers.items()}
+        return {**self._states, **linears, **attention}
 
     def _linear(self, name: str, x: Tensor) -> None:
-        if not isinstance(self.study.sites[name].scheme, Scheme) or not x.numel():
+        if not self.is_on or not isinstance(self._study.sites[name].scheme, Scheme) or not x.numel():
             return
-        if name not in self.gathered:
-            more = {key: OBSERVERS[key](name, self.seed) for key in self.recipe.observes}
-            self.gathered[name] = Gathered(self.study.sites[name], MinMaxObserver(name), more)
-            if name in self.restored:
-                self.gathered[name].restore(self.restored[name])
-        if self.is_observing:
-            self.gathered[name].observe(x)
+        refuse_not_finite(name, x)
+        if self._holds:
+            self._held.append(partial(self._observe, name, x.clone()))
+        else:
+            self._observe(name, x)
+
+    def _observe(self, name: str, x: Tensor) -> None:
+        self._at(name).observe(x)
 
     def _attention(self, path: str, args: Mapping[str, Any]) -> None:
-        if args["q"].dim() != 4 or not args["q"].numel():
+        if not self.is_on or args["q"].dim() != 4 or not args["q"].numel():
             return
+        if self._holds:
+            kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in args.items()}
+            self._held.append(partial(self._sample, path, kept))
+        else:
+            self._sample(path, args)
+
+    def _sample(self, path: str, args: Mapping[str, Any]) -> None:
+        self._sampler(path).observe(args)
+
+    def _at(self, name: str) -> Gathered:
+        if name not in self.gathered:
+            more = {key: OBSERVERS[key](name, self._seed) for key in self._recipe.observes}
+            self.gathered[name] = Gathered(self._study.sites[name], InputExtents(name), more)
+            if name in self._states:
+                self.gathered[name].restore(self._states[name])
+        return self.gathered[name]
+
+    def _sampler(self, path: str) -> AttentionSampler:
         if path not in self.samplers:
-            self.samplers[path] = AttentionSampler(path, seed=self.seed)
-            if _ATTENTION + path in self.restored:
-                self.samplers[path].restore(self.restored[_ATTENTION + path])
-        if self.is_observing:
-            self.samplers[path].observe(args)
+            self.samplers[path] = AttentionSampler(path, seed=self._seed)
+            if _ATTENTION + path in self._states:
+                self.samplers[path].restore(self._states[_ATTENTION + path])
+        return self.samplers[path]

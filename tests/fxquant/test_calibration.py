@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.calibration.calibration import Calibration
-from fxquant.calibration.observer import MinMaxObserver
+from fxquant.calibration.observers import InputExtents
 from fxquant.calibration.qparams import InputStatistics, StaticQParams, choose_qparams
 from fxquant.errors import CalibrationError
 
 
 def statistics(x: Tensor) -> InputStatistics:
-    observer = MinMaxObserver("here")
+    observer = InputExtents("here")
     observer.observe(x)
     seen = observer.statistics()
     assert seen is not None
@@ -29,7 +29,7 @@ def coded(x: Tensor, q: StaticQParams, bits: int) -> Tensor:
 
 def test_batches_add_up_to_one_pass_over_all_rows() -> None:
     x = torch.randn(60, 5) * 3 + 1
-    observer = MinMaxObserver("here")
+    observer = InputExtents("here")
     for part in (x[:10].view(2, 5, 5), x[10:10], x[10:59], x[59]):
         observer.observe(part)
     got, wanted = observer.statistics(), statistics(x)

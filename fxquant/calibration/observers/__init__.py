@@ -4,6 +4,7 @@ from fxquant.calibration.observers.base import BlockObserver, Observer
 from fxquant.calibration.observers.ema import EmaExtent
 from fxquant.calibration.observers.gram import Gram
 from fxquant.calibration.observers.histogram import Histogram
+from fxquant.calibration.observers.inputs import InputExtents, refuse_not_finite
 from fxquant.calibration.observers.min_max import MinMax
 from fxquant.calibration.observers.moments import Moments
 from fxquant.calibration.observers.quantiles import QuantileSketch
@@ -16,6 +17,7 @@ __all__ = [
     "EmaExtent",
     "Gram",
     "Histogram",
+    "InputExtents",
     "MinMax",
     "Moments",
     "Observer",
@@ -23,4 +25,5 @@ __all__ = [
     "Reservoir",
     "Samples",
     "TokenExtents",
+    "refuse_not_finite",
 ]

@@ -7,8 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fxquant.calibration.observer import MinMaxObserver
-from fxquant.calibration.observers import Gram, Moments, Observer, QuantileSketch, Reservoir
+from fxquant.calibration.observers import Gram, InputExtents, Moments, Observer, QuantileSketch, Reservoir
 from fxquant.calibration.qparams import StaticQParams, choose_qparams
 from fxquant.calibration.seen import Seen
 from fxquant.calibration.site import INACCURATE, Migration, SiteCalibration, StaticCoding, WeightCodes, weight_digest
@@ -33,7 +32,7 @@ class Gathered:
     """What was seen of one linear's input: the extent of its channels, and what the recipe's observers hold."""
 
     site: LinearSite
-    extents: MinMaxObserver
+    extents: InputExtents
     observers: Mapping[str, Observer]
 
     def observe(self, x: Tensor) -> None:

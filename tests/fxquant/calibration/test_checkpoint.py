@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import CalibrationError
-from fxquant.calibration.observer import MinMaxObserver
+from fxquant.calibration.observers import InputExtents
 
 
 def model_and_batches() -> tuple[nn.Module, list[Tensor]]:
@@ -77,9 +77,9 @@ def test_a_file_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("call", [2, 3])
 def test_half_a_batch_counts_as_none(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = model_and_batches()
-    file, calls, observe = tmp_path / "seen.safetensors", [0], MinMaxObserver.observe
+    file, calls, observe = tmp_path / "seen.safetensors", [0], InputExtents.observe
 
-    def stopped(self: MinMaxObserver, x: Tensor) -> None:
+    def stopped(self: InputExtents, x: Tensor) -> None:
         calls[0] += 1
         if calls[0] == call + 1:
             raise KeyboardInterrupt
@@ -87,7 +87,7 @@ def test_half_a_batch_counts_as_none(call: int, tmp_path: Path, monkeypatch: pyt
 
     wanted = fxquant.calibrate(model, batches, scheme="w6a6")
     with monkeypatch.context() as patch:
-        patch.setattr(MinMaxObserver, "observe", stopped)
+        patch.setattr(InputExtents, "observe", stopped)
         with pytest.raises(KeyboardInterrupt):
             fxquant.calibrate(model, batches, scheme="w6a6", checkpoint=file)
     assert fxquant.calibrate(model, batches, scheme="w6a6", checkpoint=file) == wanted

@@ -112,6 +112,19 @@ def test_data_of_one_sign_have_all_levels_on_their_side(sign: float) -> None:
     assert 63 * float(choice.qparams["scale"]) < 10
 
 
+def test_only_affine_codes_of_one_sign_search_with_all_levels() -> None:
+    """2^b magnitudes for them, 2^(b-1) for a block of both signs beside them and for symmetric codes."""
+    histogram = Histogram("fc1", PerChannel(-1), bins=256)
+    histogram.observe(torch.stack([outliers(1), outliers(-1), outliers(0)], dim=1))
+    half, whole = kl_threshold(histogram, 8), kl_threshold(histogram, 16)
+    assert (half != whole).all()
+    affine = kl(histogram, Uniform(4)).qparams["scale"].reshape(-1)
+    wanted = torch.stack([whole[0, 0], whole[1, 0], 2 * half[2, 0]]) / 15
+    torch.testing.assert_close(affine, wanted)
+    symmetric = kl(histogram, Uniform(4, is_symmetric=True)).qparams["scale"].reshape(-1)
+    torch.testing.assert_close(symmetric, half[:, 0] / 7)
+
+
 def test_a_histogram_with_too_few_bins_is_refused() -> None:
     histogram = Histogram("fc1", bins=64)
     histogram.observe(torch.ones(4))

@@ -1,0 +1,245 @@
+"""Bad calibration data, files and schemes: a clear error that names the site or the batch, and nothing seen is lost."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant import Budget, CalibrationError, ConfigError
+from fxquant.calibration.calibration import Calibration
+from fxquant.calibration.recipes import RECIPES
+
+
+def model_and_batches(count: int = 5) -> tuple[nn.Sequential, list[Tensor]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 16)), [torch.randn(40, 24) for _ in range(count)]
+
+
+class Overflowing(nn.Module):
+    """Finite data may overflow on the way to the second linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.exp(self.first(x)))
+        return y
+
+
+def run(model: Any, x: Tensor, **options: Any) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = torch.compile(model, backend="fxquant", options={"codegen": "ops", **options})(x)
+    return y
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("budget", [None, Budget(cosine=0.9)])
+def test_one_value_that_is_not_finite_is_found_and_its_site_is_named(value: float, budget: Budget | None) -> None:
+    model, batches = model_and_batches()
+    batches[3][7, 5] = value
+    where = r"0:linear: the calibration data give an input that is not finite"
+    with pytest.raises(CalibrationError, match=where if budget is not None else f"batch 4: {where}"):
+        fxquant.calibrate(model, batches, budget=budget)
+
+
+def test_an_overflow_inside_the_model_is_named_by_the_site_that_reads_it() -> None:
+    torch.manual_seed(0)
+    model, (good, bad) = Overflowing(), (torch.randn(8, 24), torch.full((8, 24), 1e4))
+    with pytest.raises(CalibrationError, match=r"batch 2: second:linear: .* not finite"):
+        fxquant.calibrate(model, [good, bad], scheme="w8a8")
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "search"])
+def test_a_bad_batch_counts_as_none_and_what_was_seen_before_it_is_kept(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches = Overflowing(), [torch.randn(40, 24) for _ in range(4)]
+    file = tmp_path / "seen.safetensors"
+    bad = [*batches[:2], torch.full((8, 24), 1e4), *batches[2:]]  # the first linear has seen it when the second refuses it
+    with pytest.raises(CalibrationError, match="batch 3: second:linear"):
+        fxquant.calibrate(model, bad, scheme="w6a6", method=method, checkpoint=file)
+    ran = []
+    model.first.register_forward_hook(lambda *given: ran.append(1))
+    found = fxquant.calibrate(model, batches, scheme="w6a6", method=method, checkpoint=file)
+    model.first._forward_hooks.clear()
+    assert found == fxquant.calibrate(model, batches, scheme="w6a6", method=method)
+
+
+def test_a_site_that_only_early_batches_reach_is_not_lost(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, is_early: bool) -> Tensor:
+            y: Tensor = self.early(x) if is_early else self.late(x)
+            return y
+
+    torch.manual_seed(0)
+    model, file = Branches(), tmp_path / "seen.safetensors"
+    batches = [(torch.randn(5, 8), i < 2) for i in range(5)]
+
+    def stopped() -> Iterator[Any]:
+        yield from batches[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fxquant.calibrate(model, stopped(), scheme="w8a8", checkpoint=file)
+    found = fxquant.calibrate(model, batches, scheme="w8a8", checkpoint=file)
+    assert found == fxquant.calibrate(model, batches, scheme="w8a8")
+    assert set(found.sites) == {"early:linear", "late:linear"}
+
+
+def test_a_site_that_never_runs_stays_dynamic_and_says_why() -> None:
+    model, batches = model_and_batches()
+    half = fxquant.calibrate(model[:2], batches, scheme="w8a8")
+    options: dict[str, Any] = {"codegen": "ops", "scheme": "w8a8", "calibration": half}
+    compiled = torch.compile(model, backend="fxquant", options=options)
+    with torch.no_grad():
+        compiled(batches[0])
+    reasons = {row.name: row.reason for row in fxquant.report(compiled).sites if row.kind == "linear"}
+    assert reasons["2:linear"] == "dynamic: the calibration has no site of this name"
+
+
+def test_a_calibration_of_another_model_names_the_sites_of_both() -> None:
+    model, batches = model_and_batches()
+    other = fxquant.calibrate(nn.ModuleDict({"head": nn.Linear(24, 8)})["head"], batches, scheme="w8a8")
+    renamed = Calibration(other.method, other.batches, {"decoder.head:linear": next(iter(other.sites.values()))})
+    with pytest.raises(Exception, match=r"another model: it knows 'decoder.head:linear', and this graph has '0:linear'"):
+        run(model, batches[0], scheme="w8a8", calibration=renamed)
+
+
+@pytest.mark.parametrize("batches", [torch.randn(4, 24), {"x": torch.randn(4, 24)}, "text", 3, None])
+def test_one_batch_or_none_in_the_place_of_batches_is_named(batches: Any) -> None:
+    with pytest.raises(CalibrationError, match=f"batches is a {type(batches).__name__}; give a list"):
+        fxquant.calibrate(nn.Linear(24, 8), batches, scheme="w8a8")
+    with pytest.raises(CalibrationError, match=f"batches is a {type(batches).__name__}; give a list"):
+        fxquant.rank_errors(nn.Linear(24, 8), batches, scheme="w8a8")
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, torch.randn(4, 24).numpy()])
+@pytest.mark.parametrize("budget", [None, Budget(cosine=0.9)])
+def test_a_batch_of_a_wrong_type_is_named(batch: Any, budget: Budget | None) -> None:
+    with pytest.raises(CalibrationError, match=f"a batch is a {type(batch).__name__}; give a tensor"):
+        fxquant.calibrate(nn.Linear(24, 8), [torch.randn(4, 24), batch], budget=budget)
+
+
+def test_a_batch_that_the_model_does_not_take_says_which_one_it_was() -> None:
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError) as raised:
+        fxquant.calibrate(nn.Linear(24, 8), [torch.randn(4, 24), torch.randn(4, 7)], scheme="w8a8")
+    notes = " ".join(getattr(raised.value, "__notes__", []))
+    assert "batch 2 of the calibration data" in notes
+
+
+def test_a_generator_that_was_read_before_is_named() -> None:
+    model, batches = model_and_batches()
+    stream = iter(batches)
+    fxquant.calibrate(model, stream, scheme="w8a8")
+    with pytest.raises(CalibrationError, match=r"no batch to calibrate on; a generator that was read before is empty"):
+        fxquant.calibrate(model, stream, scheme="w8a8")
+    with pytest.raises(CalibrationError, match="a budget needs at least two batches"):
+        fxquant.calibrate(model, stream, budget=Budget(cosine=0.9))
+
+
+def test_fewer_batches_than_a_checkpoint_has_seen_are_refused(tmp_path: Path) -> None:
+    model, batches = model_and_batches()
+    file = tmp_path / "seen.safetensors"
+
+    def stopped() -> Iterator[Tensor]:
+        yield from batches[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fxquant.calibrate(model, stopped(), scheme="w6a6", checkpoint=file)
+    with pytest.raises(CalibrationError, match="has seen 3 batches, and there are 2"):
+        fxquant.calibrate(model, batches[:2], scheme="w6a6", checkpoint=file)
+
+
+@pytest.mark.parametrize("method", list(RECIPES))
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e-30])
+def test_data_that_are_all_equal_leave_a_model_that_runs(method: str, value: float) -> None:
+    """A constant has no spread; a static code of it, or none with a reason, must still be near the float model."""
+    model, batches = model_and_batches(1)
+    x = torch.full((6, 24), value)
+    calibration = fxquant.calibrate(model, [x, x], scheme="w8a8", method=method)
+    got = run(model, x, scheme="w8a8", calibration=calibration)
+    with torch.no_grad():
+        wanted = model(x)
+    assert torch.isfinite(got).all()
+    assert (got - wanted).abs().max() <= 0.05 * wanted.abs().max() + 1e-3
+    assert torch.isfinite(run(model, batches[0], scheme="w8a8", calibration=calibration)).all()
+
+
+@pytest.mark.parametrize("method", list(RECIPES))
+def test_batches_without_rows_are_passed_over(method: str) -> None:
+    model, batches = model_and_batches(2)
+    empty = torch.zeros(0, 24)
+    found = fxquant.calibrate(model, [batches[0], empty, batches[1]], scheme="w6a6", method=method)
+    assert dict(found.sites) == dict(fxquant.calibrate(model, batches, scheme="w6a6", method=method).sites)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.95])
+def test_a_flipped_bit_anywhere_in_a_file_is_refused(part: float, tmp_path: Path) -> None:
+    model, batches = model_and_batches(1)
+    path = tmp_path / "c.safetensors"
+    fxquant.calibrate(model, batches, scheme="w6a6", method="gptq").save(path)
+    data = bytearray(path.read_bytes())
+    data[int(part * len(data))] ^= 4
+    path.write_bytes(bytes(data))
+    with pytest.raises(CalibrationError, match=r"c\.safetensors"):
+        Calibration.load(path)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_damaged_checkpoint_is_refused(part: float, cut: bool, tmp_path: Path) -> None:
+    model, batches = model_and_batches(3)
+    file = tmp_path / "seen.safetensors"
+
+    def stopped() -> Iterator[Tensor]:
+        yield batches[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fxquant.calibrate(model, stopped(), scheme="w6a6", checkpoint=file)
+    data = bytearray(file.read_bytes())
+    place = int(part * len(data))
+    data[place] ^= 4
+    file.write_bytes(bytes(data[:place] if cut else data))
+    with pytest.raises(CalibrationError, match=r"seen\.safetensors .*delete it"):
+        fxquant.calibrate(model, batches, scheme="w6a6", checkpoint=file)
+
+
+@pytest.mark.parametrize("features", [100, 128, 300])
+@pytest.mark.parametrize("method", [None, "gptq", "mse"])
+def test_a_group_that_does_not_divide_the_inputs_has_a_shorter_last_one(features: int, method: str | None) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(features, 48), torch.randn(9, features)
+    scheme = "w4a16-g128"
+    calibration = None if method is None else fxquant.calibrate(model, [x], scheme=scheme, method=method)
+    got = run(model, x, scheme=scheme, calibration=calibration)
+    with torch.no_grad():
+        wanted = model(x)
+    assert float((got - wanted).square().sum() / wanted.square().sum()) < 0.02
+    if calibration is not None:
+        codes = next(iter(calibration.sites.values())).codes
+        assert codes is not None
+        assert codes.scale.shape == (48, -(-features // 128))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scheme": "w8a8"}, r"scheme 'w8a8' and a budget.*leave scheme out"),
+        ({"method": "gptq"}, r"method 'gptq' and a budget.*leave method out"),
+        ({"checkpoint": "seen"}, r"checkpoint 'seen' and a budget.*leave it out"),
+    ],
+)
+def test_what_a_budget_would_not_heed_is_refused(given: dict[str, Any], message: str) -> None:
+    model, batches = model_and_batches(2)
+    with pytest.raises(ConfigError, match=message):
+        fxquant.calibrate(model, batches, budget=Budget(cosine=0.9), **given)
