@@ -64,6 +64,17 @@ class Seen:
             float_rows=by(self.float_rows, wide),
         )
 
+    def shifted(self, shift: Tensor) -> "Seen":
+        """Hessian and mean of the input minus ``shift`` [K]; the other statistics do not tell theirs and are left out.
+
+        Raises:
+            CalibrationError: hessian or mean is missing.
+        """
+        hessian, mean, wide = self.need("hessian", "a shift"), self.need("mean", "a shift"), shift.to(torch.float64)
+        mixed = torch.outer(mean, wide)
+        moved = hessian - 2 * (mixed + mixed.T - torch.outer(wide, wide))
+        return Seen(self.tokens, hessian=moved, mean=mean - wide)
+
     def __str__(self) -> str:
         there = [each.name for each in fields(self) if isinstance(getattr(self, each.name), Tensor)]
         return f"Seen({self.tokens} tokens: {', '.join(there) or 'nothing'})"

@@ -4,7 +4,8 @@ import difflib
 
 from fxquant.calibration.recipes.base import Gathered, Recipe
 from fxquant.calibration.recipes.ranges import MINMAX, MSE, PERCENTILE
-from fxquant.calibration.recipes.weights import AWQ, GPTQ, SEARCH, SMOOTHQUANT, SMOOTHQUANT_PLUS
+from fxquant.calibration.recipes.search import SEARCH
+from fxquant.calibration.recipes.weights import AWQ, GPTQ, SMOOTHQUANT, SMOOTHQUANT_PLUS
 from fxquant.errors import CalibrationError
 
 _ALL = (MINMAX, PERCENTILE, MSE, SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, SEARCH)

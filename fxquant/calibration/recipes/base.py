@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.observer import MinMaxObserver
-from fxquant.calibration.observers import Gram, Moments, Observer, QuantileSketch, Reservoir
+from fxquant.calibration.observers import BalancedGram, Gram, Moments, Observer, QuantileSketch, Reservoir
 from fxquant.calibration.qparams import StaticQParams, choose_qparams
 from fxquant.calibration.seen import Seen
 from fxquant.calibration.site import INACCURATE, Migration, SiteCalibration, WeightCodes, weight_digest
@@ -19,6 +19,7 @@ from fxquant.schemes import Scheme
 SAMPLED_ROWS = 256  # of each input: enough for a search over a handful of candidates
 Rounding = Callable[[Tensor, int, int, Seen], tuple[Tensor, Tensor]]  # (weight, bits, group, seen) → (codes, scale)
 OBSERVERS: Mapping[str, Callable[[str, int], Observer]] = {
+    "balanced": lambda site, seed: BalancedGram(site),
     "gram": lambda site, seed: Gram(site),
     "moments": lambda site, seed: Moments(site, PerChannel(-1)),
     "quantiles": lambda site, seed: QuantileSketch(site),
@@ -69,9 +70,12 @@ class Gathered:
     @cached_property
     def seen(self) -> Seen:
         """The statistics that rounding methods and migrations read, as far as they were observed."""
-        gram, moments, rows = (self.observers.get(name) for name in ("gram", "moments", "rows"))
+        gram, moments, rows, balanced = (self.observers.get(name) for name in ("gram", "moments", "rows", "balanced"))
         found: dict[str, Tensor] = {}
         tokens = 0
+        if isinstance(balanced, BalancedGram):
+            tokens = balanced.rows
+            found["hessian"], found["mean"] = 2 * balanced.gram, balanced.mean.to(torch.float64)
         if isinstance(gram, Gram):
             tokens = gram.rows
             found["hessian"] = gram.gram.to(torch.float64) * (2 / tokens)
@@ -99,15 +103,18 @@ class Gathered:
         factor: Tensor | None = None,
         rounding: Rounding | None = None,
         note: str | None = None,
+        shift: Tensor | None = None,
     ) -> SiteCalibration:
-        """The site with these qparams or this factor, its weight rounded as the kernel will multiply it."""
+        """The site with these qparams or this factor, after a shift, its weight rounded as the kernel will multiply it."""
         codes = None
         if rounding is not None:
             by = static.steps if static is not None else factor
             weight = self.weight if by is None else self.weight * by
-            seen = self.seen if by is None else self.seen.divided(by)
+            seen = self.seen if shift is None else self.seen.shifted(shift)
+            seen = seen if by is None else seen.divided(by)
             codes = self._codes(*rounding(weight, self.scheme.weight_bits, self.scheme.group, seen))
-        migration = None if factor is None else Migration(factor.to(torch.float32))
+        moved = [None if each is None else each.to(torch.float32) for each in (factor, shift)]
+        migration = None if factor is None and shift is None else Migration(*moved)
         name, explicit = str(self.site.scheme), self.site.is_explicit
         return SiteCalibration(name, self.site.shape, static, migration, codes, note, explicit)
 
