@@ -4,7 +4,7 @@ The linear is computed as ``W f · q((x - s) / f) + W s`` (``calibration.site.Mi
 of Δ² / 12, so the noise at the output is, with the weight's columns w_k, its rows n and the counts c_t of the tokens::
 
     dynamic:  Δ_t = extent of ((x_t - s) / f) / (2^b - 1)       A = mean_t Δ_t² · Σ_k f_k² |w_k|² / 12
-    static:   f_k ≥ max|x_k - s_k| / (2^(b-1) - 1)              A = Σ_k f_k² |w_k|² / 12
+    static:   f_k ≥ 1.1 max|x_k - s_k| / (2^(b-1) - 1)          A = Σ_k f_k² |w_k|² / 12
     weight:   Δ_n = max_k |W_nk f_k| / (2^(b-1) - 1)            B = Σ_n Δ_n² · Σ_k mean (x_k - s_k)² / f_k² / 12
 
 log(A + 3 B) is minimised by Adam from SmoothQuant's factor with α = 1/2 (dynamic) or from the least steps (static), and the mean
@@ -26,6 +26,7 @@ from fxquant.calibration.observers import BalancedGram
 STEPS, RATE = 60, 0.1
 WEIGHT_SHARE = 3.0
 SMALLEST_EXTENT = 1e-5
+MARGIN = 1.1  # of the extent that was seen: what lies outside of it is clipped
 Place = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # (change, move) → (factor, shift, steps of the rows)
 
 
@@ -72,7 +73,7 @@ class Balancing:
 
         def place(change: Tensor, move: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             shift = mean + move * torch.maximum(high - mean, mean - low)
-            extent = torch.maximum(high - shift, shift - low).clamp_min(SMALLEST_EXTENT)
+            extent = MARGIN * torch.maximum(high - shift, shift - low).clamp_min(SMALLEST_EXTENT)
             return extent / reach * change.exp(), shift, torch.ones(len(self.rows))
 
         return self._learn(place, least=0.0)

@@ -1,7 +1,7 @@
 """A recipe: a published way to code the linears of a model, as data. What it observes, and how a site follows from that."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -40,6 +40,10 @@ class Gathered:
         self.extents.observe(x)
         for observer in self.observers.values():
             observer.observe(x)
+
+    def with_scheme(self, scheme: Scheme) -> "Gathered":
+        """The same site with another scheme, by name."""
+        return replace(self, site=replace(self.site, scheme=scheme, is_explicit=True))
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """The state of every observer, by name."""
@@ -126,13 +130,15 @@ class Gathered:
 class Recipe:
     """One published method: ``observes`` are keys of ``OBSERVERS`` besides the extents, ``code`` gives a site its coding.
 
-    None: the site stays as an option without calibration would have it.
+    None: the site stays as an option without calibration would have it. ``schemes`` may give sites another scheme than the one
+    that was asked for, from what was seen of all of them.
     """
 
     name: str
     source: str
     code: Callable[[Gathered], SiteCalibration | None]
     observes: tuple[str, ...] = ()
+    schemes: Callable[[Mapping[str, Gathered]], Mapping[str, Scheme]] | None = None
 
 
 def static_or_dynamic(gathered: Gathered, rounding: Rounding | None = None) -> SiteCalibration | None:
