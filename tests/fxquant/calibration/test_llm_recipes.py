@@ -13,6 +13,7 @@ from fxquant.calibration.migration import fireq
 from fxquant.calibration.migration.balance import Balancing
 from fxquant.calibration.observers import BalancedGram
 from fxquant.calibration.qparams import StaticQParams
+from fxquant.calibration.recipes.llm import fp8_scaled
 from fxquant.calibration.seen import Seen, see
 from fxquant.reference import dequantize_weight, fake_quant_per_token
 
@@ -39,7 +40,7 @@ class Mlp(nn.Module):
 def batches() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     mean = torch.randn(WIDTH, generator=generator) * torch.linspace(0, 4, WIDTH)
-    return [torch.randn(2, 40, WIDTH, generator=generator) + mean for _ in range(4)]
+    return [torch.randn(8, 40, WIDTH, generator=generator) + mean for _ in range(7)]
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -60,7 +61,6 @@ def schemes(model: nn.Module, x: Tensor, calibration: Calibration) -> dict[str, 
 
 def test_flexq_gives_eight_bits_to_the_input_that_loses_most() -> None:
     model, (*seen, unseen) = Mlp(), batches()
-    found = fxquant.calibrate(model, seen, scheme="w6a6", method="flexq")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fxquant.calibration.recipes.llm.PROMOTED_SHARE", 0.4)
         found = fxquant.calibrate(model, seen, scheme="w6a6", method="flexq")
@@ -172,10 +172,8 @@ def test_statistics_of_a_shifted_input_are_those_of_the_difference() -> None:
 
 
 def test_the_worked_example_of_fireqs_group_by_the_recipe() -> None:
-    from fxquant.calibration.recipes.llm import fp8_scaled
-
     weight = torch.tensor([[0.003, -0.0021, 0.0010, -0.0004]])
     codes, scale = fp8_scaled(weight, 4, 4, Seen(1))
-    assert codes.tolist() == [[7, -5, 2, -1]]  # the slack rule picks T = 8
-    assert float(scale) == 2.0**-9 / 8 or float(scale * 8) == float(fireq.fp8_scale(scale * 8))
-    assert dequantize_weight(codes, scale, 4).shape == (1, 4)
+    assert float(scale) * 8 == float(fireq.fp8_scale(scale * 8)), "the slack rule picks T = 8"
+    value = dequantize_weight(codes, scale, 4)
+    assert float((value - weight).norm() / weight.norm()) == pytest.approx(0.0489, abs=5e-4)
