@@ -1,8 +1,8 @@
 """Gram matrix and mean of a linear's input rows in which no row weighs more than a usual one.
 
-A row x counts ``1 / max(|x|² / K, level)``, level the median of |x|² / K over the first batch: rows of a usual size count alike,
-as errors do that are added to a residual stream, and a row that is a hundred times as long (the first token of a language
-model) does not drown all others.
+A row x counts ``1 / max(|x|² / K, level)``, level the median of |x|² / K over the first batch: rows of a usual size count
+alike, as errors do that are added to a residual stream, and a row that is a hundred times as long (the first token of a
+language model) does not drown all others.
 """
 
 import torch
@@ -15,7 +15,7 @@ SMALLEST_LEVEL = 1e-20
 
 
 class BalancedGram(Observer):
-    """State: ``gram`` float32 [K, K] = Σ c xᵀx, ``total`` [K] = Σ c x, ``weight`` float64 [1] = Σ c with the counts c of the rows;
+    """State: ``gram`` float32 [K, K] = Σ c xᵀx, ``total`` [K] = Σ c x, ``weight`` float64 [1] = Σ c, c the counts of rows;
     ``level`` [1] (of two that are merged, the first one's), ``low`` and ``high`` [K], ``rows`` int64 [1]."""
 
     @property

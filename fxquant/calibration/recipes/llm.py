@@ -1,16 +1,16 @@
 """Published recipes for decoders: FlexQ and FireQ.
 
-FlexQ: nearest 6-bit weights, dynamic activations of 6 bits, and of 8 where that matters most. Linears are taken in classes by the
-last part of their name (``down_proj``); the loss of a class is the squared error of its outputs relative to their square, when
-its inputs alone are coded with 6 bits. Classes with the largest loss get 8 bits as long as they have at most 0.3 of all
-multiplications (ours: in Llama that is down_proj, the publication's outcome). Sites that got 8 bits have the scheme ``w6a8``, so
-compile without ``scheme``. Unconfirmed: the publication's metric, which is ΔPPL or an error of outputs. Scales are those of a
-channel and of a token; the publication has groups of 128 of both.
+FlexQ: nearest 6-bit weights, dynamic activations of 6 bits, and of 8 where that matters most. Linears are taken in classes
+by the last part of their name (``down_proj``); the loss of a class is the squared error of its outputs relative to their
+square, when its inputs alone are coded with 6 bits. Classes with the largest loss get 8 bits as long as they have at most
+0.3 of all multiplications (ours: in Llama that is down_proj, the publication's outcome). Sites that got 8 bits have the
+scheme ``w6a8``, so compile without ``scheme``. Unconfirmed: the publication's metric, which is ΔPPL or an error of outputs.
+Scales are those of a channel and of a token; the publication has groups of 128 of both.
 
-FireQ: 4-bit weights in groups of 128 whose scales are rounded to FP8 e4m3 after a power of two for the tensor, and columns of the
-MLP's weights brought to one mean magnitude. Differences: activations are 8-bit integers per token instead of FP8 e4m3; codes are
--7 .. 7, and weights are not rounded to FP8 once more; constants such as Llama-3-8B's 0.0096 do not matter then, since a common
-factor goes into the scales; keys are not scaled, because nothing that is coded here reads them.
+FireQ: 4-bit weights in groups of 128 whose scales are rounded to FP8 e4m3 after a power of two for the tensor, and columns
+of the MLP's weights brought to one mean magnitude. Differences: activations are 8-bit integers per token instead of FP8
+e4m3; codes are -7 .. 7, and weights are not rounded to FP8 once more; constants such as Llama-3-8B's 0.0096 do not matter
+then, since a common factor goes into the scales; keys are not scaled, because nothing that is coded here reads them.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,9 @@
 """The recipe of ours: shift and factor of every channel by predicted noise, static where that costs little, then GPTQ.
 
-``migration.balance`` learns shift and factor once for static codes, whose factors are their steps, and once for dynamic ones. The
-static form is taken where its predicted noise is at most 0.5 dB above that of the dynamic one; else the site stays dynamic. Rows of the input count as in ``observers.balanced``, for the noise and for
-GPTQ's Hessian alike, so that the first token's outliers do not decide everything.
+``migration.balance`` learns shift and factor once for static codes, whose factors are their steps, and once for dynamic
+ones. The static form is taken where its predicted noise is at most 0.5 dB above that of the dynamic one; else the site
+stays dynamic. Rows of the input count as in ``observers.balanced``, for the noise and for GPTQ's Hessian alike, so that the
+first token's outliers do not decide everything.
 """
 
 from fxquant.calibration.migration.balance import Balance, Balancing
