@@ -90,7 +90,7 @@ class Balancing:
                 factor, shift, steps = place(change, move)
                 noise = self._noise(factor, shift, steps)
                 adam.zero_grad()
-                noise.log().backward()  # type: ignore[no-untyped-call]
+                noise.log().backward()
             found = float(noise.detach())
             if best is None or found < best.noise:
                 best = Balance(shift.detach().clone(), factor.detach().clone(), found)
@@ -101,7 +101,9 @@ class Balancing:
 
     def _token_steps(self, rows: Tensor) -> Tensor:
         """Δ_t [R]."""
-        return (rows.amax(1).clamp_min(0) - rows.amin(1).clamp_max(0)) / (2**self.act_bits - 1)
+        extent = rows.amax(1).clamp_min(0) - rows.amin(1).clamp_max(0)
+        steps: Tensor = extent / (2**self.act_bits - 1)
+        return steps
 
     def _noise(self, factor: Tensor, shift: Tensor, steps: Tensor) -> Tensor:
         """A + 3 B for the steps of the rows, [R]."""
@@ -109,7 +111,8 @@ class Balancing:
         square = self._square - 2 * shift * self.seen.mean + shift.square()
         row_steps = (self.weight.abs() * factor).amax(1) / (2 ** (self.weight_bits - 1) - 1)
         weight = row_steps.square().sum() * (square.clamp_min(0) / factor.square()).sum()
-        return (act + WEIGHT_SHARE * weight) / 12 + torch.finfo(torch.float32).tiny
+        noise: Tensor = (act + WEIGHT_SHARE * weight) / 12 + torch.finfo(torch.float32).tiny
+        return noise
 
     @cached_property
     def _counts(self) -> Tensor:

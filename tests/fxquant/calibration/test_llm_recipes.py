@@ -97,17 +97,30 @@ def test_fireq_has_fp8_scales_and_even_columns() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w6a6", "w8a8"])
-def test_the_search_beats_min_max_and_smoothquant_and_is_static_where_it_can_be(scheme: str) -> None:
+def test_the_search_beats_min_max_and_smoothquant(scheme: str) -> None:
     model, (*seen, unseen) = Mlp(), batches()
     found = fxquant.calibrate(model, seen, scheme=scheme, method="search")
-    static = found.sites["up_proj:linear"]
-    assert isinstance(static.static, StaticQParams)
-    assert static.migration is not None
-    assert static.migration.shift is not None, "the mean of its input is far from zero"
-    assert schemes(model, unseen, found)["up_proj:linear"] == f"{scheme} static"
+    moved = found.sites["up_proj:linear"].migration
+    assert moved is not None
+    assert moved.shift is not None, "the mean of its input is far from zero"
     ours = error(model, unseen, calibration=found)
     for method in ("minmax", "smoothquant"):
         assert ours < error(model, unseen, calibration=fxquant.calibrate(model, seen, scheme=scheme, method=method))
+
+
+def test_channels_of_unlike_ranges_that_are_always_filled_are_static() -> None:
+    torch.manual_seed(0)
+    model, scale = nn.Linear(WIDTH, 32), torch.logspace(-1, 1, WIDTH)
+    x = (torch.rand(2000, WIDTH) - 0.3) * scale
+    model.weight.data /= scale
+    found = fxquant.calibrate(model, [x], scheme="w8a8", method="search")
+    site = found.sites[":linear"]
+    assert isinstance(site.static, StaticQParams)
+    assert site.migration is not None
+    assert site.migration.shift is not None
+    assert schemes(model, x, found)[":linear"] == "w8a8 static"
+    with torch.no_grad():
+        assert float((compiled(model, calibration=found)(x) - model(x)).square().sum() / model(x).square().sum()) < 1e-3
 
 
 def test_a_site_that_static_codes_would_harm_stays_dynamic_and_says_so() -> None:
