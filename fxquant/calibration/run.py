@@ -137,6 +137,8 @@ def _run_batch(study: Study, batch: Any, number: int) -> None:
 def _code(gathered: Mapping[str, Gathered], recipe: Recipe, progress: Progress) -> dict[str, SiteCalibration]:
     """How the recipe codes every site; sites that it leaves alone are not in it."""
     sites = {}
+    chosen = recipe.schemes(gathered) if recipe.schemes is not None else {}
+    gathered = {name: seen.with_scheme(chosen[name]) if name in chosen else seen for name, seen in gathered.items()}
     for done, (name, seen) in enumerate(gathered.items(), 1):
         known = recipe.code(seen)
         if known is not None:

@@ -64,13 +64,18 @@ class Seen:
             float_rows=by(self.float_rows, wide),
         )
 
-    def less(self, shift: Tensor) -> "Seen":
-        """The statistics of the rows after ``shift`` [K] was taken off every one of them.
+    def shifted(self, shift: Tensor) -> "Seen":
+        """Of the input minus ``shift`` [K]: everything from the rows, or hessian and mean from those two where both are there.
 
         Raises:
-            CalibrationError: there are no rows to take it off.
+            CalibrationError: there are no rows, and hessian or mean is missing.
         """
-        return see(self.need("rows", "a shift") - shift)
+        if self.hessian is None or self.mean is None:
+            return see(self.need("rows", "a shift") - shift)
+        wide = shift.to(torch.float64)
+        mixed = torch.outer(self.mean, wide)
+        moved = self.hessian - 2 * (mixed + mixed.T - torch.outer(wide, wide))
+        return Seen(self.tokens, hessian=moved, mean=self.mean - wide)
 
     def __str__(self) -> str:
         there = [each.name for each in fields(self) if isinstance(getattr(self, each.name), Tensor)]

@@ -1,5 +1,6 @@
 """Streaming observers: statistics of one tensor of a model in memory that does not grow with the data."""
 
+from fxquant.calibration.observers.balanced import BalancedGram
 from fxquant.calibration.observers.base import BlockObserver, Observer
 from fxquant.calibration.observers.ema import EmaExtent
 from fxquant.calibration.observers.gram import Gram
@@ -13,6 +14,7 @@ from fxquant.calibration.observers.samples import Samples
 from fxquant.calibration.observers.tokens import TokenExtents
 
 __all__ = [
+    "BalancedGram",
     "BlockObserver",
     "EmaExtent",
     "Gram",

@@ -1,13 +1,13 @@
 """A recipe: a published way to code the linears of a model, as data. What it observes, and how a site follows from that."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fxquant.calibration.observers import Gram, InputExtents, Moments, Observer, QuantileSketch, Reservoir
+from fxquant.calibration.observers import BalancedGram, Gram, InputExtents, Moments, Observer, QuantileSketch, Reservoir
 from fxquant.calibration.qparams import StaticQParams, choose_qparams
 from fxquant.calibration.seen import Seen
 from fxquant.calibration.site import INACCURATE, Migration, SiteCalibration, StaticCoding, WeightCodes, weight_digest
@@ -19,6 +19,7 @@ SAMPLED_ROWS = 256  # of each input: enough for a search over a handful of candi
 MANY_ROWS = 2048  # enough for quantiles of every channel
 Rounding = Callable[[Tensor, int, int, Seen], tuple[Tensor, Tensor]]  # (weight, bits, group, seen) → (codes, scale)
 OBSERVERS: Mapping[str, Callable[[str, int], Observer]] = {
+    "balanced": lambda site, seed: BalancedGram(site),
     "gram": lambda site, seed: Gram(site),
     "moments": lambda site, seed: Moments(site, PerChannel(-1)),
     "quantiles": lambda site, seed: QuantileSketch(site),
@@ -40,6 +41,10 @@ class Gathered:
         self.extents.observe(x)
         for observer in self.observers.values():
             observer.observe(x)
+
+    def with_scheme(self, scheme: Scheme) -> "Gathered":
+        """The same site with another scheme, by name."""
+        return replace(self, site=replace(self.site, scheme=scheme, is_explicit=True))
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """The state of every observer, by name."""
@@ -70,10 +75,13 @@ class Gathered:
     @cached_property
     def seen(self) -> Seen:
         """The statistics that rounding methods and migrations read, as far as they were observed."""
-        gram, moments = (self.observers.get(name) for name in ("gram", "moments"))
+        gram, moments, balanced = (self.observers.get(name) for name in ("gram", "moments", "balanced"))
         rows = self.observers.get("many rows", self.observers.get("rows"))
         found: dict[str, Tensor] = {}
         tokens = 0
+        if isinstance(balanced, BalancedGram):
+            tokens = balanced.rows
+            found["hessian"], found["mean"] = 2 * balanced.gram, balanced.mean.to(torch.float64)
         if isinstance(gram, Gram):
             tokens = gram.rows
             found["hessian"] = gram.gram.to(torch.float64) * (2 / tokens)
@@ -103,16 +111,16 @@ class Gathered:
         note: str | None = None,
         shift: Tensor | None = None,
     ) -> SiteCalibration:
-        """The site with these qparams or this factor, its weight rounded as the kernel will multiply it."""
+        """The site with these qparams or this factor, after a shift, its weight rounded as the kernel will multiply it."""
         codes = None
         if rounding is not None:
             by = static.steps if isinstance(static, StaticQParams) else factor
             weight = self.weight if by is None else self.weight * by
-            seen = self.seen if shift is None else self.seen.less(shift)
+            seen = self.seen if shift is None else self.seen.shifted(shift)
             seen = seen if by is None else seen.divided(by)
             codes = self._codes(*rounding(weight, self.scheme.weight_bits, self.scheme.group, seen))
         moved = [None if each is None else each.to(torch.float32) for each in (factor, shift)]
-        migration = Migration(*moved) if any(each is not None for each in moved) else None
+        migration = None if factor is None and shift is None else Migration(*moved)
         name, explicit = str(self.site.scheme), self.site.is_explicit
         return SiteCalibration(name, self.site.shape, static, migration, codes, note, explicit)
 
@@ -124,8 +132,9 @@ class Gathered:
 class Recipe:
     """One published method: ``observes`` are keys of ``OBSERVERS`` besides the extents, ``code`` gives a site its coding.
 
-    None: the site stays as an option without calibration would have it. ``codes_attention``:
-    ``recipes.attention`` has its codings of attention, which are part of the method.
+    None: the site stays as an option without calibration would have it. ``codes_attention``: ``recipes.attention`` has its
+    codings of attention, which are part of the method. ``schemes`` may give sites another scheme than the one that was asked
+    for, from what was seen of all of them.
     """
 
     name: str
@@ -133,6 +142,7 @@ class Recipe:
     code: Callable[[Gathered], SiteCalibration | None]
     observes: tuple[str, ...] = ()
     codes_attention: bool = False
+    schemes: Callable[[Mapping[str, Gathered]], Mapping[str, Scheme]] | None = None
 
 
 def static_or_dynamic(gathered: Gathered, rounding: Rounding | None = None) -> SiteCalibration | None:

@@ -4,9 +4,6 @@ Activations are coded as by ``minmax`` unless a factor is moved; then they stay 
 which is divided out before it is coded: nothing else of the model changes, whatever stands before the linear.
 """
 
-from functools import partial
-
-import torch
 from torch import Tensor
 
 from fxquant.calibration.migration import awq as awq_migration
@@ -16,10 +13,9 @@ from fxquant.calibration.rounding import awq, gptq, mse
 from fxquant.calibration.rounding.nearest import round_weight as nearest
 from fxquant.calibration.seen import Seen
 from fxquant.calibration.site import SiteCalibration
-from fxquant.reference import dequantize_weight, fake_quant_per_token
+from fxquant.reference import dequantize_weight
 
 ALPHA = 0.5  # SmoothQuant, for all but Llama-like models
-ALPHAS = (0.3, 0.5, 0.65, 0.8, 0.9)  # that the search tries besides no factor at all
 SWEEP = gptq.Options(act_order=True, static_groups=True, scale_of=mse.choose_scale)
 
 
@@ -58,23 +54,6 @@ def _awq(gathered: Gathered) -> SiteCalibration | None:
     return gathered.calibrated(factor=factor, rounding=awq.round_weight)
 
 
-def _search(gathered: Gathered) -> SiteCalibration | None:
-    """Ours: of no factor and five of SmoothQuant's the one with the least error of the output, then GPTQ."""
-    if gathered.scheme.is_weight_only:
-        return gathered.calibrated(rounding=sweep)
-    factors = [torch.ones(gathered.site.shape[1])]
-    factors += [smoothquant.factor(gathered.seen, [gathered.weight], alpha) for alpha in ALPHAS]
-    best = min(factors, key=partial(_coded_error, gathered))
-    return gathered.calibrated(factor=best if best is not factors[0] else None, rounding=sweep)
-
-
-def _coded_error(gathered: Gathered, factor: Tensor) -> float:
-    """Of the output, with the input and the nearest weight coded after a factor was moved."""
-    coded = fake_quant_per_token(gathered.rows / factor, gathered.scheme.act_bits) * factor
-    value = dequantize_weight(*nearest(gathered.weight * factor, gathered.scheme.weight_bits), 0) / factor
-    return _output_error(gathered, coded, value)
-
-
 def _output_error(gathered: Gathered, rows: Tensor, value: Tensor) -> float:
     wanted = gathered.rows @ gathered.weight.T
     return float((rows @ value.T - wanted).square().sum())
@@ -84,4 +63,3 @@ GPTQ = Recipe("gptq", "GPTQ, arXiv 2210.17323, with act-order and mean-squared s
 SMOOTHQUANT = Recipe("smoothquant", "SmoothQuant, arXiv 2211.10438, α = 1/2", _smoothquant, ("moments",))
 SMOOTHQUANT_PLUS = Recipe("smoothquant+", "SmoothQuant+, arXiv 2312.03788", _smoothquant_plus, ("moments", "rows"))
 AWQ = Recipe("awq", "AWQ, arXiv 2306.00978: scale and clip search on each linear alone", _awq, ("gram", "moments"))
-SEARCH = Recipe("search", "ours: SmoothQuant's factor by output error, then GPTQ", _search, ("gram", "moments", "rows"))

@@ -1,0 +1,45 @@
+"""The recipe of ours: shift and factor of every channel by predicted noise, static where that costs little, then GPTQ.
+
+``migration.balance`` learns shift and factor once for static codes, whose factors are their steps, and once for dynamic
+ones. The static form is taken where its predicted noise is at most 0.5 dB above that of the dynamic one; else the site
+stays dynamic. Rows of the input count as in ``observers.balanced``, for the noise and for GPTQ's Hessian alike, so that the
+first token's outliers do not decide everything.
+"""
+
+from fxquant.calibration.migration.balance import Balance, Balancing
+from fxquant.calibration.observers import BalancedGram
+from fxquant.calibration.qparams import StaticQParams
+from fxquant.calibration.recipes.base import Gathered, Recipe
+from fxquant.calibration.recipes.weights import sweep
+from fxquant.calibration.site import INACCURATE, SiteCalibration
+from fxquant.reference import SMALLEST
+
+ROWS = 128  # of those that were kept, for the extents of tokens
+
+
+def _search(gathered: Gathered) -> SiteCalibration | None:
+    scheme, seen = gathered.scheme, gathered.observers["balanced"]
+    assert isinstance(seen, BalancedGram)
+    if scheme.is_weight_only:
+        return gathered.calibrated(rounding=sweep)
+    rows = gathered.rows[:: max(1, len(gathered.rows) // ROWS)]
+    linear = Balancing(gathered.weight, seen, rows, scheme.weight_bits, scheme.act_bits)
+    dynamic, note = linear.dynamic(), None
+    if not scheme.group:  # no kernel has groups and static inputs
+        balance = linear.static()
+        static = _qparams(balance, scheme.act_bits, dynamic.noise)
+        if gathered.calibrated(static).is_accurate:
+            return gathered.calibrated(static, rounding=sweep, shift=balance.shift)
+        note = INACCURATE
+    return gathered.calibrated(factor=dynamic.factor, rounding=sweep, note=note, shift=dynamic.shift)
+
+
+def _qparams(balance: Balance, bits: int, dynamic_noise: float) -> StaticQParams:
+    """The steps as factor and scale, with the zero point in the middle of the codes."""
+    scale = max(float(balance.factor.amax()), SMALLEST)
+    return StaticQParams(balance.factor / scale, scale, 2 ** (bits - 1), 0.0, balance.noise, dynamic_noise)
+
+
+SEARCH = Recipe(
+    "search", "ours: shift and factor of least predicted noise, static where it can be, GPTQ", _search, ("balanced", "rows")
+)
