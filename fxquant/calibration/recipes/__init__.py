@@ -5,11 +5,11 @@ import difflib
 from fxquant.calibration.recipes.base import Gathered, Recipe
 from fxquant.calibration.recipes.llm import FIREQ, FLEXQ
 from fxquant.calibration.recipes.ranges import MINMAX, MSE, PERCENTILE
-from fxquant.calibration.recipes.search import SEARCH
+from fxquant.calibration.recipes.search import SEARCH, SEARCH_STATIC
 from fxquant.calibration.recipes.weights import AWQ, GPTQ, SMOOTHQUANT, SMOOTHQUANT_PLUS
 from fxquant.errors import CalibrationError
 
-_ALL = (MINMAX, PERCENTILE, MSE, SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, FLEXQ, FIREQ, SEARCH)
+_ALL = (MINMAX, PERCENTILE, MSE, SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, FLEXQ, FIREQ, SEARCH, SEARCH_STATIC)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
 __all__ = ["RECIPES", "Gathered", "Recipe", "find_recipe"]
