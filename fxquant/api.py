@@ -94,10 +94,10 @@ def calibrate(
     gives every linear that ``sites`` does not name the fastest of several schemes that together keep it; it looks at the first
     twelve batches, at least two, and stands without ``scheme``, ``method`` and ``checkpoint``. ``method`` is a name of
     ``fxquant.calibration.recipes``: minmax, percentile, mse; smoothquant, smoothquant+, awq, gptq, flexq, fireq; fq-vit,
-    ptq4vit, repq, repquant, i&s, dopq, adalog, which code attention too; or search (shift and factor of least predicted noise,
-    then gptq). ``seed`` chooses the rows that searches are made on. ``progress`` draws a bar with the time that is left.
-    ``checkpoint`` names a file that keeps what was seen when the run is stopped, by Ctrl-C or an error; called again with it
-    and the same batches, the run goes on after the last batch that was seen.
+    ptq4vit, repq, repquant, i&s, dopq, adalog, which code attention too; or search and search-static (shift and factor of
+    least predicted noise, then gptq). ``seed`` chooses the rows that searches are made on. ``progress`` draws a bar with the
+    time that is left. ``checkpoint`` names a file that keeps what was seen when the run is stopped, by Ctrl-C or an error;
+    called again with it and the same batches, the run goes on after the last batch that was seen.
 
     Raises:
         CalibrationError: the method is unknown, there is no batch (two for a budget), no linear ran, or an input is not

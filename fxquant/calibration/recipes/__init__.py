@@ -5,12 +5,13 @@ import difflib
 from fxquant.calibration.recipes.base import Gathered, Recipe
 from fxquant.calibration.recipes.llm import FIREQ, FLEXQ
 from fxquant.calibration.recipes.ranges import MINMAX, MSE, PERCENTILE
-from fxquant.calibration.recipes.search import SEARCH
+from fxquant.calibration.recipes.search import SEARCH, SEARCH_STATIC
 from fxquant.calibration.recipes.vit import VIT_RECIPES
 from fxquant.calibration.recipes.weights import AWQ, GPTQ, SMOOTHQUANT, SMOOTHQUANT_PLUS
 from fxquant.errors import CalibrationError
 
-_ALL = (MINMAX, PERCENTILE, MSE, SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, FLEXQ, FIREQ, SEARCH, *VIT_RECIPES)
+_LINEARS = (MINMAX, PERCENTILE, MSE, SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, FLEXQ, FIREQ, SEARCH, SEARCH_STATIC)
+_ALL = (*_LINEARS, *VIT_RECIPES)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
 __all__ = ["RECIPES", "Gathered", "Recipe", "find_recipe"]

@@ -1,10 +1,13 @@
 """The recipe of ours: shift and factor of every channel by predicted noise, static where that costs little, then GPTQ.
 
-``migration.balance`` learns shift and factor once for static codes, whose factors are their steps, and once for dynamic
-ones. The static form is taken where its predicted noise is at most 0.5 dB above that of the dynamic one; else the site
-stays dynamic. Rows of the input count as in ``observers.balanced``, for the noise and for GPTQ's Hessian alike, so that the
-first token's outliers do not decide everything.
+``migration.balance`` learns shift and factor once for static codes, whose factors are their steps, and once for dynamic ones.
+``search`` takes the static form where its predicted noise is at most 0.5 dB above that of the dynamic one, ``search-static``
+already where it is at most 0.5 dB above that of dynamic codes without shift and factor, which are what there is without a
+calibration. Where it is not taken, the site stays dynamic. Rows of the input count as in ``observers.balanced``, for the noise
+and for GPTQ's Hessian alike, so that the first token's outliers do not decide everything.
 """
+
+from functools import partial
 
 from fxquant.calibration.migration.balance import Balance, Balancing
 from fxquant.calibration.observers import BalancedGram
@@ -17,20 +20,22 @@ from fxquant.reference import SMALLEST
 ROWS = 128  # of those that were kept, for the extents of tokens
 
 
-def _search(gathered: Gathered) -> SiteCalibration | None:
+def _search(gathered: Gathered, prefers_static: bool) -> SiteCalibration | None:
     scheme, seen = gathered.scheme, gathered.observers["balanced"]
     assert isinstance(seen, BalancedGram)
     if scheme.is_weight_only:
         return gathered.calibrated(rounding=sweep)
     rows = gathered.rows[:: max(1, len(gathered.rows) // ROWS)]
     linear = Balancing(gathered.weight, seen, rows, scheme.weight_bits, scheme.act_bits)
-    dynamic, note = linear.dynamic(), None
+    note = None
     if not scheme.group:  # no kernel has groups and static inputs
         balance = linear.static()
-        static = _qparams(balance, scheme.act_bits, dynamic.noise)
+        allowed = linear.plain_noise() if prefers_static else linear.dynamic().noise
+        static = _qparams(balance, scheme.act_bits, allowed)
         if gathered.calibrated(static).is_accurate:
             return gathered.calibrated(static, rounding=sweep, shift=balance.shift)
         note = INACCURATE
+    dynamic = linear.dynamic()
     return gathered.calibrated(factor=dynamic.factor, rounding=sweep, note=note, shift=dynamic.shift)
 
 
@@ -40,6 +45,13 @@ def _qparams(balance: Balance, bits: int, dynamic_noise: float) -> StaticQParams
     return StaticQParams(balance.factor / scale, scale, 2 ** (bits - 1), 0.0, balance.noise, dynamic_noise)
 
 
+OBSERVES = ("balanced", "rows")
 SEARCH = Recipe(
-    "search", "ours: shift and factor of least predicted noise, static where it can be, GPTQ", _search, ("balanced", "rows")
+    "search", "ours: shift and factor of least predicted noise, then GPTQ", partial(_search, prefers_static=False), OBSERVES
+)
+SEARCH_STATIC = Recipe(
+    "search-static",
+    "ours: the search, static where that is as good as no search",
+    partial(_search, prefers_static=True),
+    OBSERVES,
 )

@@ -123,6 +123,19 @@ def test_channels_of_unlike_ranges_that_are_always_filled_are_static() -> None:
         assert float((compiled(model, calibration=found)(x) - model(x)).square().sum() / model(x).square().sum()) < 1e-3
 
 
+def test_a_search_that_prefers_static_takes_it_where_it_is_as_good_as_no_search() -> None:
+    model, (*seen, unseen) = Mlp(), batches()
+    by_accuracy, by_speed = (
+        fxquant.calibrate(model, seen, scheme="w8a8", method=name).sites for name in ("search", "search-static")
+    )
+    static = {name: site.static is not None for name, site in by_speed.items()}
+    assert static == {"gate_proj:linear": True, "up_proj:linear": True, "down_proj:linear": False}
+    assert by_accuracy["gate_proj:linear"].static is None
+    found = fxquant.calibrate(model, seen, scheme="w8a8", method="search-static")
+    assert schemes(model, unseen, found)["up_proj:linear"] == "w8a8 static"
+    assert error(model, unseen, calibration=found) < error(model, unseen, scheme="w8a8")
+
+
 def test_a_site_that_static_codes_would_harm_stays_dynamic_and_says_so() -> None:
     model, seen = Mlp(), batches()
     seen[0][0, 0] = 0
