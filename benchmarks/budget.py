@@ -155,6 +155,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, nargs="+", default=list(range(10)), metavar="N", help="only these budgets, 0 to 9")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="with --threads 1: CPU time, which a busy machine hardly changes"
+    )
     parser.add_argument("--time-again", action="store_true", help="only time the plans of the file in --out")
     parser.add_argument("--no-times", action="store_true", help="only search and judge; --time-again does the rest")
     options = parser.parse_args()
@@ -164,6 +167,8 @@ def main() -> None:
 
     prepare(options)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time needs --threads 1: several threads that wait for one another spend CPU time too")
     with_no_grad(measure_all, options)
 
 
@@ -181,7 +186,7 @@ def measure_all(options: argparse.Namespace) -> None:
         for run in runs_of(name, known, options):
             known = [other for other in known if (other.model, other.seed) != (run.model, run.seed)] + [run]
             known.sort(key=lambda each: (list(SUBJECTS).index(each.model), each.seed))
-            info["load"] = os.getloadavg()
+            info |= {"load": os.getloadavg(), "clock": "CPU time" if options.cpu_time else "wall"}
             path.write_text(json.dumps({"machine": info, "runs": [asdict(each) for each in known]}, indent=1))
     print(", ".join(f"{key}: {value}" for key, value in info.items()))
     for name in options.models:
@@ -196,7 +201,7 @@ def runs_of(name: str, known: Sequence[Run], options: argparse.Namespace) -> Ite
     if options.time_again:
         for run in known:
             if run.model == name and run.seed in options.runs:
-                time_plan(run, subject, model, unseen[0], options.rounds)
+                time_plan(run, subject, model, unseen[0], options)
                 print(line(run), file=sys.stderr)
                 yield run
         return
@@ -205,7 +210,7 @@ def runs_of(name: str, known: Sequence[Run], options: argparse.Namespace) -> Ite
     for seed in options.runs:
         run = search(name, subject, model, seed, unseen, wanted, errors)
         if not options.no_times:
-            time_plan(run, subject, model, unseen[0], options.rounds)
+            time_plan(run, subject, model, unseen[0], options)
         print(line(run), file=sys.stderr)
         yield run
 
@@ -276,10 +281,9 @@ def bits(scheme: str) -> int:
     return int(scheme[1]) + int(scheme[3])
 
 
-def time_plan(run: Run, subject: Subject, model: Any, batch: Any, rounds: int) -> None:
+def time_plan(run: Run, subject: Subject, model: Any, batch: Any, options: argparse.Namespace) -> None:
     """Rounds of all sides, interleaved; a side's figure of a round is the least of three calls."""
     import torch
-    from harness import measure
 
     torch._dynamo.reset()
     plan = {**subject.options, "sites": {**subject.options.get("sites", {}), **run.schemes}}
@@ -287,12 +291,23 @@ def time_plan(run: Run, subject: Subject, model: Any, batch: Any, rounds: int) -
     if run.uniform != FLOAT:
         sides["uniform"] = {**subject.options, "scheme": run.uniform}
     args, keywords = arguments(batch)
-    calls = {name: bound(compiled(model, options), args, keywords) for name, options in sides.items()}
-    rows = measure(calls, rounds, seconds=120, settle=0.0)
-    least = {name: [min(row.times[i : i + 3]) for i in range(0, len(row.times), 3)] for name, row in rows.items()}
+    calls = {name: bound(compiled(model, side), args, keywords) for name, side in sides.items()}
+    least: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(options.rounds):
+        for name, call in calls.items():
+            call()
+            least[name].append(min(seconds(call, options.cpu_time) for _ in range(3)))
     run.plan_ms = 1e3 * statistics.median(least["plan"])
     run.over_float = [other / own for other, own in zip(least[FLOAT], least["plan"], strict=True)]
     run.over_uniform = [other / own for other, own in zip(least.get("uniform", least[FLOAT]), least["plan"], strict=True)]
+
+
+def seconds(call: Callable[[], Any], cpu_time: bool) -> float:
+    """Of one call, by the clock or by the CPU time of this process."""
+    clock = time.process_time if cpu_time else time.perf_counter
+    start = clock()
+    call()
+    return clock() - start
 
 
 def bound(call: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Callable[[], Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fxquant.budget import Budget
 from fxquant.calibration.allocation import Allocation, curve, uniform, within
 from fxquant.calibration.observers import refuse_not_finite
-from fxquant.calibration.sensitivity import Probe, measure, specification
+from fxquant.calibration.sensitivity import Probe, measure, specification, units
 from fxquant.calibration.study import Study
 from fxquant.errors import CalibrationError
 from fxquant.schemes import LinearScheme, parse_scheme
@@ -23,7 +23,7 @@ from fxquant.schemes import LinearScheme, parse_scheme
 # What a unit may become besides float: of the panel kernels those down to 12 bits in all; fewer are hardly faster on AVX2.
 SCHEMES = tuple(map(parse_scheme, ("w8a8", "w8a7", "w7a8", "w7a7", "w6a8", "w8a6", "w7a6", "w6a7", "w6a6", "w5a7", "w4a8")))
 PROBED, CHECKED = 4, 8  # batches, at most
-PROBED_ROWS = 512  # of all probed batches together, beyond the first one: more tell little
+PROBES = 300  # units times batches, at most, where one batch has fewer: a model of many units is probed on fewer batches
 CERTAINTY = 2.0
 MARGIN, ATTEMPTS, CLOSE = 0.8, 7, 1.03  # of the limit at first, measurements, factor between limits that end the search
 
@@ -80,7 +80,7 @@ def keep_budget(
     _references(study, probed)
     if not study.sites:
         raise CalibrationError("no linear that could be quantized ran on these batches")
-    probed = probed[: 1 + max(PROBED_ROWS // max(site.rows or 1 for site in study.sites.values()) - 1, 0)]
+    probed = probed[: max(PROBES // max(len(units(study)), 1), 1)]
     study.overrides = check.fixed
     probes = measure(study, probed, schemes, budget.error, on_probe)
     study.overrides = {}
