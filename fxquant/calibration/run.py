@@ -15,6 +15,8 @@ from fxquant.calibration.checkpoint import Checkpoint
 from fxquant.calibration.observer import MinMaxObserver
 from fxquant.calibration.recipes import Gathered, Recipe, find_recipe
 from fxquant.calibration.recipes.base import OBSERVERS
+from fxquant.calibration.reconstruction.kept import Kept
+from fxquant.calibration.reconstruction.sequence import reconstruct
 from fxquant.calibration.site import SiteCalibration
 from fxquant.calibration.study import LinearSite, Study
 from fxquant.config import override_options
@@ -35,7 +37,7 @@ def run(
     checkpoint: Path | None,
     progress: Progress,
 ) -> Calibration:
-    """What ``fxquant.calibrate`` returns; memory does not grow with the number of batches."""
+    """What ``fxquant.calibrate`` returns; memory does not grow with the number of batches, unless the recipe ``follows``."""
     recipe = find_recipe(method)
     config = override_options(options, scheme=scheme, calibration=None)
     identity = {"method": method, "options": config.model_dump_json(), "seed": str(seed)}
@@ -43,8 +45,11 @@ def run(
     study = Study(model, config)
     plan = None
     if budget is not None:
-        batches, kept = _first(batches, PROBED + CHECKED)
-        plan = keep_budget(study, kept, budget, on_probe=lambda done, total: progress("probing sites", done, total))
+        batches, few = _first(batches, PROBED + CHECKED)
+        plan = keep_budget(study, few, budget, on_probe=lambda done, total: progress("probing sites", done, total))
+    follows = recipe.follows if plan is None else None
+    if follows is not None:
+        batches = list(batches)
     # A budget's plan reads no statistics: its data are only counted, and checked to be finite.
     observed = recipe if plan is None else replace(recipe, observes=())
     count, gathered = _observe(study, batches, observed, seed, kept_in, progress)
@@ -52,6 +57,9 @@ def run(
         sites = {name: _budgeted(study.sites[name], chosen) for name, chosen in plan.schemes.items()}
     else:
         sites = _code(gathered, recipe, progress)
+        if follows is not None and sites:
+            kept = Kept.of(kept_in, count, {name: each.states() for name, each in gathered.items()})
+            sites = reconstruct(study, list(batches), gathered, sites, follows, method, seed, progress, kept)
     if kept_in is not None:
         kept_in.remove()
     if not sites:

@@ -60,11 +60,22 @@ class Study:
         self.watch: Callable[[str, Tensor], None] | None = None
         self.watch_attention: Callable[[str, Mapping[str, Any]], None] | None = None
         self.overrides: Mapping[str, Linear] = {}
+        self._recorded: list[tuple[Studied, tuple[Any, ...]]] | None = None
 
     def __call__(self, batch: Any) -> Any:
         """The model's output for a tensor, a tuple (positional arguments) or a mapping (keyword arguments)."""
         with torch.no_grad():
             return self._call(*arguments(batch))
+
+    def graphs(self, batch: Any) -> "list[tuple[Studied, tuple[Any, ...]]]":
+        """The graphs that a batch goes through, each with its inputs, weights among them: to be run in another way."""
+        found: list[tuple[Studied, tuple[Any, ...]]] = []
+        self._recorded = found
+        try:
+            self(batch)
+        finally:
+            self._recorded = None
+        return found
 
     def linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What stands in the place of a linear."""
@@ -95,30 +106,37 @@ class Study:
                     setting != "auto",
                     rows_hint(node),
                 )
-        vectors, studied = vector_inputs(captured.gm.graph), _Studied(captured.gm, names, attentions, self)
-        return lambda *values: studied.run(*vectors, *values)
+        vectors, studied = vector_inputs(captured.gm.graph), Studied(captured.gm, names, attentions, self)
+
+        def run(*values: Any) -> Any:
+            if self._recorded is not None:
+                self._recorded.append((studied, (*vectors, *values)))
+            return studied.run(*vectors, *values)
+
+        return run
 
 
-class _Studied(fx.Interpreter):
-    """Runs a graph and hands its linears and attentions to a study."""
+class Studied(fx.Interpreter):
+    """Runs a graph and hands its linears and attentions to a study; ``names`` are those of the linears."""
 
     def __init__(
         self, gm: fx.GraphModule, names: Mapping[fx.Node, str], attentions: Mapping[fx.Node, str], study: Study
     ) -> None:
         super().__init__(gm)
-        self._names, self._attentions, self._study = names, attentions, study
+        self.nodes = tuple(gm.graph.nodes)
+        self.names, self._attentions, self.study = names, attentions, study
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's value."""
-        if n in self._attentions and self._study.watch_attention is not None:
+        if n in self._attentions and self.study.watch_attention is not None:
             given = attention.operands(n).items()
             values = {name: self.env[arg] if isinstance(arg, fx.Node) else arg for name, arg in given}
-            self._study.watch_attention(self._attentions[n], values)
-        name = self._names.get(n)
+            self.study.watch_attention(self._attentions[n], values)
+        name = self.names.get(n)
         if name is None:
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
-        return self._study.linear(name, args[0], args[1], args[2] if len(args) > 2 else None)
+        return self.study.linear(name, args[0], args[1], args[2] if len(args) > 2 else None)
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from fxquant.calibration.site import INACCURATE, Migration, SiteCalibration, Wei
 from fxquant.calibration.study import LinearSite
 from fxquant.granularity import PerChannel
 from fxquant.schemes import Scheme
+
+if TYPE_CHECKING:
+    from fxquant.calibration.reconstruction.sequence import Reconstruction
 
 SAMPLED_ROWS = 256  # of each input: enough for a search over a handful of candidates
 Rounding = Callable[[Tensor, int, int, Seen], tuple[Tensor, Tensor]]  # (weight, bits, group, seen) → (codes, scale)
@@ -119,13 +123,15 @@ class Gathered:
 class Recipe:
     """One published method: ``observes`` are keys of ``OBSERVERS`` besides the extents, ``code`` gives a site its coding.
 
-    None: the site stays as an option without calibration would have it.
+    None: the site stays as an option without calibration would have it. With ``follows`` the weights are not rounded by
+    ``code`` but after it, in the order of the graph, behind the sites that were rounded before; the batches are kept for it.
     """
 
     name: str
     source: str
     code: Callable[[Gathered], SiteCalibration | None]
     observes: tuple[str, ...] = ()
+    follows: "Reconstruction | None" = None
 
 
 def static_or_dynamic(gathered: Gathered, rounding: Rounding | None = None) -> SiteCalibration | None:
