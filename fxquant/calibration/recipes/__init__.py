@@ -4,11 +4,11 @@ import difflib
 
 from fxquant.calibration.recipes.base import Gathered, Recipe
 from fxquant.calibration.recipes.ranges import MINMAX, MSE, PERCENTILE
-from fxquant.calibration.recipes.reconstruction import ADAROUND, QDROP, SEQUENTIAL
+from fxquant.calibration.recipes.reconstruction import ADAROUND, QDROP, RECONSTRUCT, SEQUENTIAL
 from fxquant.calibration.recipes.weights import AWQ, GPTQ, SEARCH, SMOOTHQUANT, SMOOTHQUANT_PLUS
 from fxquant.errors import CalibrationError
 
-_ALL = (MINMAX, PERCENTILE, MSE, SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, SEARCH, SEQUENTIAL, ADAROUND, QDROP)
+_ALL = (MINMAX, PERCENTILE, MSE, SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, SEARCH, SEQUENTIAL, RECONSTRUCT, ADAROUND, QDROP)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
 __all__ = ["RECIPES", "Gathered", "Recipe", "find_recipe"]

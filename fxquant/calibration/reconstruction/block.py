@@ -14,6 +14,7 @@ one batch with gradients and three numbers a weight of the block.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -80,13 +81,13 @@ def learn_block(block: Block, how: Learning, seed: int, report: Callable[[int, i
     goals = [_goal(float_walk, block.end) for float_walk, _ in block.pairs]
     softs = {name: _soft(block.linears[name], each, how) for name, each in block.found.items()}
     held = list(range(len(goals)))[HELD_OUT - 1 :: HELD_OUT] or list(range(len(goals)))
-    learned = [i for i in range(len(goals)) if i not in held] or held
+    trained = [i for i in range(len(goals)) if i not in held] or held
     stop = EarlyStop(how.patience)
     unit = _measure(block, goals, held, softs, stop)
     adam = _optimizer(softs.values(), how)
     for step in range(how.steps):
         _anneal(adam, step, how.steps)
-        which = learned[int(torch.randint(len(learned), (), generator=generator))]
+        which = trained[int(torch.randint(len(trained), (), generator=generator))]
         with torch.enable_grad():
             error = _error(block, which, goals[which], softs, how.drop, generator) / max(unit, TINY)
             beta = how.beta_at(step)
@@ -160,7 +161,7 @@ def _run(
     study = walk.graph.study
     before, study.overrides = (
         study.overrides,
-        {name: _dropping(block.linears[name], weights[name], drop, generator) for name in weights},
+        {name: learned(block.linears[name], partial(_given, weights[name]), drop, generator) for name in weights},
     )
     try:
         got = walk.advance(block.end(walk)).handed_on(start)
@@ -188,7 +189,7 @@ def mixed(
     return found
 
 
-def _dropping(linear: CodedLinear, value: Tensor, drop: float, generator: torch.Generator | None) -> Linear:
+def learned(linear: CodedLinear, value: Callable[[], Tensor], drop: float, generator: torch.Generator | None) -> Linear:
     """The linear with this weight; gradients pass its input's coding, numbers of which stay float with probability ``drop``."""
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -199,6 +200,10 @@ def _dropping(linear: CodedLinear, value: Tensor, drop: float, generator: torch.
                 change = torch.where(torch.rand(rows.shape, generator=generator) < drop, 0.0, change)
             rows = rows + change
         bias = None if bias is None else bias.to(torch.float32)
-        return torch.nn.functional.linear(rows, value, bias).to(x.dtype)
+        return torch.nn.functional.linear(rows, value(), bias).to(x.dtype)
 
     return compute
+
+
+def _given(value: Tensor) -> Tensor:
+    return value

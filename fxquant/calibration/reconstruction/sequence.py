@@ -1,8 +1,8 @@
 """The second phase of a calibration: weights rounded in the order of the graph, behind those that were rounded before.
 
 The float model and the coded one walk through the graph side by side, all batches at once, from one stage (the linears that
-read one value) to the next. At each the rounding method sees the input as the coded model has it and what the output misses; where
-the recipe learns, a whole block is then learned against what the float block hands on.
+read one value) to the next. At each the rounding method sees the input as the coded model has it and what the output misses;
+where the recipe learns, a whole block is then learned against what the float block hands on.
 
 Memory: the batches, and for each of them the values that are alive at one place of the graph, twice (a third and fourth time
 where blocks are learned). For a decoder that is a few times tokens · width · 4 bytes.
@@ -17,6 +17,7 @@ from fxquant.calibration.reconstruction.coded import CodedLinear, as_overrides
 from fxquant.calibration.reconstruction.kept import Kept
 from fxquant.calibration.reconstruction.order import Stage, blocks, stages
 from fxquant.calibration.reconstruction.statistics import see_stage
+from fxquant.calibration.reconstruction.tuning import Tuning, Whole, tune
 from fxquant.calibration.reconstruction.walk import Walk, advance_all, walks
 from fxquant.calibration.site import SiteCalibration
 from fxquant.calibration.study import Study
@@ -32,11 +33,12 @@ Sites = dict[str, SiteCalibration]
 @dataclass(frozen=True)
 class Reconstruction:
     """How weights are rounded behind the coded prefix: ``rounding`` for each linear, then ``learning`` for each block, or for
-    each stage with ``by_stage``."""
+    each stage with ``by_stage``, then ``tuning`` of the scales of all."""
 
     rounding: "Rounding"
     learning: Learning | None = None
     by_stage: bool = False
+    tuning: Tuning | None = None
 
     def units(self, ordered: list[Stage]) -> list[list[Stage]]:
         """What is learned, and kept in a checkpoint, at once."""
@@ -61,6 +63,7 @@ def reconstruct(
     """
     linears = {name: CodedLinear(gathered[name], each) for name, each in known.items()}
     floats = walks(study, batches, method)
+    begun = [walk.fork() for walk in floats]
     pairs = [(walk, walk.fork()) for walk in floats]
     units = how.units(_ordered(floats, known))
     done: Sites = {}
@@ -75,7 +78,10 @@ def reconstruct(
         with kept.saved_if_stopped(done):
             done |= _unit(study, unit, following, linears, pairs, done, how, seed, progress, total)
         kept.save_if_due(done)
-    return done
+    if how.tuning is None:
+        return done
+    with kept.saved_if_stopped(done):
+        return tune(Whole(begun, linears, done), how.tuning, seed, lambda step, steps: progress("tuning scales", step, steps))
 
 
 def _unit(

@@ -106,3 +106,21 @@ class Straight(Soft):
 
     def _hard_codes(self) -> Tensor:
         return torch.round(self.ratio).clamp(*self._limits)
+
+
+class Scaled(Soft):
+    """Codes stay, only scales are learned."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, bits: int, group: int, learns_scale: bool = True) -> None:
+        super().__init__(codes, scale, bits, group, learns_scale)
+        self._codes = codes
+
+    @property
+    def rounding(self) -> Tensor:
+        return self.change
+
+    def _soft_codes(self) -> Tensor:
+        return self._codes.to(torch.float32)
+
+    def _hard_codes(self) -> Tensor:
+        return self._codes
