@@ -11,6 +11,8 @@ from fxquant.calibration.calibration import Calibration
 from fxquant.calibration.checkpoint import Checkpoint
 from fxquant.calibration.recipes import Gathered, Recipe, find_recipe
 from fxquant.calibration.recipes.attention import attention_bits, choose_attention
+from fxquant.calibration.reconstruction.kept import Kept
+from fxquant.calibration.reconstruction.sequence import reconstruct
 from fxquant.calibration.site import SiteCalibration
 from fxquant.calibration.study import LinearSite, Study, refuse_no_batches
 from fxquant.calibration.watching import Watching
@@ -32,7 +34,7 @@ def run(
     checkpoint: Path | None,
     progress: Progress,
 ) -> Calibration:
-    """What ``fxquant.calibrate`` returns; memory does not grow with the number of batches."""
+    """What ``fxquant.calibrate`` returns; memory does not grow with the number of batches, unless the recipe ``follows``."""
     recipe = find_recipe(method)
     refuse_no_batches(batches)
     config = override_options(options, scheme=scheme, calibration=None)
@@ -41,9 +43,15 @@ def run(
         return _run_budget(Study(model, config), batches, budget, progress)
     identity = {"method": method, "options": config.model_dump_json(), "seed": str(seed)}
     kept_in = None if checkpoint is None else Checkpoint(checkpoint, identity)
+    study = Study(model, config)
+    if recipe.follows is not None:
+        batches = list(batches)
     bits = attention_bits(recipe, config)
-    watching, count = _observe(Study(model, config), batches, recipe, seed, bits is not None, kept_in, progress)
+    watching, count = _observe(study, batches, recipe, seed, bits is not None, kept_in, progress)
     sites = _code(watching.gathered, recipe, progress)
+    if recipe.follows is not None and sites:
+        kept = Kept.of(kept_in, count, watching.states())
+        sites = reconstruct(study, list(batches), watching.gathered, sites, recipe.follows, method, seed, progress, kept)
     attention = (
         {} if bits is None else {p: choose_attention(each.seen(), method, bits) for p, each in watching.samplers.items()}
     )

@@ -38,7 +38,7 @@ class LinearSite:
     """One linear: its weight [N, K], the scheme that the options give it (None: float), and how often it multiplies.
 
     ``is_explicit``: the scheme was asked for by name. ``rows`` are those of its input where they are known when captured,
-    ``reads`` names that input: linears that share it have the same. ``follows`` is the kind of operator that it comes from,
+    ``reads`` names that input: linears that share it have the same. ``comes_from`` is the kind of operator that made it,
     such as layer_norm or gelu, where that is a candidate itself.
     """
 
@@ -48,7 +48,7 @@ class LinearSite:
     is_explicit: bool
     rows: int | None
     reads: str = ""
-    follows: str | None = None
+    comes_from: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,7 +63,7 @@ class Prefix:
     ``owner`` and ``position``: the graph, and how many of its nodes are done.
     """
 
-    owner: "_Studied | None" = None
+    owner: "Studied | None" = None
     position: int = 0
     values: dict[fx.Node, Any] = field(default_factory=dict)
 
@@ -80,6 +80,7 @@ class Study:
         self.overrides: Mapping[str, Linear] = {}
         self.runs = 0  # of graphs: several a call where the model has graph breaks
         self.resumed: tuple[str, Prefix] | None = None
+        self._recorded: list[tuple[Studied, tuple[Any, ...]]] | None = None
 
     def __call__(self, batch: Any) -> Any:
         """The model's output for a tensor, a tuple (positional arguments) or a mapping (keyword arguments)."""
@@ -96,6 +97,16 @@ class Study:
             return self(batch)
         finally:
             self.resumed = None
+
+    def graphs(self, batch: Any) -> "list[tuple[Studied, tuple[Any, ...]]]":
+        """The graphs that a batch goes through, each with its inputs, weights among them: to be run in another way."""
+        found: list[tuple[Studied, tuple[Any, ...]]] = []
+        self._recorded = found
+        try:
+            self(batch)
+        finally:
+            self._recorded = None
+        return found
 
     def linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What stands in the place of a linear."""
@@ -128,55 +139,61 @@ class Study:
                     f"{graph.record.name} {_unviewed(x).name}",
                     kind_of(origin(x)),
                 )
-        vectors, studied = vector_inputs(captured.gm.graph), _Studied(captured.gm, names, attentions, self)
-        return lambda *values: studied.run(*vectors, *values)
+        vectors, studied = vector_inputs(captured.gm.graph), Studied(captured.gm, names, attentions, self)
+
+        def run(*values: Any) -> Any:
+            if self._recorded is not None:
+                self._recorded.append((studied, (*vectors, *values)))
+            return studied.run(*vectors, *values)
+
+        return run
 
 
-class _Studied(fx.Interpreter):
-    """Runs a graph and hands its linears and attentions to a study."""
+class Studied(fx.Interpreter):
+    """Runs a graph and hands its linears and attentions to a study; ``names`` are those of the linears."""
 
     def __init__(
         self, gm: fx.GraphModule, names: Mapping[fx.Node, str], attentions: Mapping[fx.Node, str], study: Study
     ) -> None:
         super().__init__(gm)
-        self._names, self._attentions, self._study = names, attentions, study
-        self._nodes = list(gm.graph.nodes)
-        self._position = {names[node]: i for i, node in enumerate(self._nodes) if node in names}
-        self._is_pure = not any(_is_mutable(node) for node in self._nodes)
+        self.nodes = tuple(gm.graph.nodes)
+        self.names, self._attentions, self.study = names, attentions, study
+        self._position = {names[node]: i for i, node in enumerate(self.nodes) if node in names}
+        self._is_pure = not any(_is_mutable(node) for node in self.nodes)
 
     def run(self, *args: Any, **keywords: Any) -> Any:
         """The graph's outputs; from the prefix on where the study resumes."""
-        self._study.runs += 1
-        if self._study.resumed is None or not self._is_pure:
+        self.study.runs += 1
+        if self.study.resumed is None or not self._is_pure:
             return super().run(*args, **keywords)
-        name, prefix = self._study.resumed
+        name, prefix = self.study.resumed
         stop = self._position[name]
         if prefix.owner is not self or prefix.position > stop:
             prefix.owner, prefix.position, prefix.values = self, 0, {}
         self.args_iter, self.env = iter(args), dict(prefix.values)
         self._run_nodes(prefix.position, stop)
         prefix.position, prefix.values = stop, dict(self.env)
-        return self._run_nodes(stop, len(self._nodes))
+        return self._run_nodes(stop, len(self.nodes))
 
     def _run_nodes(self, first: int, end: int) -> Any:
         """The value of the last of some nodes; what no later one reads is let go."""
-        for node in self._nodes[first:end]:
+        for node in self.nodes[first:end]:
             self.env[node] = self.run_node(node)
             for dead in self.user_to_last_uses.get(node, ()):
                 del self.env[dead]
-        return self.env.pop(self._nodes[-1]) if end == len(self._nodes) else None
+        return self.env.pop(self.nodes[-1]) if end == len(self.nodes) else None
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's value."""
-        if n in self._attentions and self._study.watch_attention is not None:
+        if n in self._attentions and self.study.watch_attention is not None:
             given = attention.operands(n).items()
             values = {name: self.env[arg] if isinstance(arg, fx.Node) else arg for name, arg in given}
-            self._study.watch_attention(self._attentions[n], values)
-        name = self._names.get(n)
+            self.study.watch_attention(self._attentions[n], values)
+        name = self.names.get(n)
         if name is None:
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
-        return self._study.linear(name, args[0], args[1], args[2] if len(args) > 2 else None)
+        return self.study.linear(name, args[0], args[1], args[2] if len(args) > 2 else None)
 
 
 def _is_mutable(node: fx.Node) -> bool:

@@ -138,8 +138,8 @@ extern "C" int32_t fxquant_stream_pack(
     const int8_t* codes, const float* scales, int64_t n, int64_t k, int32_t weight_bits, int32_t act_bits, int32_t group,
     uint8_t* out) {
   const StreamLayout l(n, k, weight_bits, act_bits, group);
-  const int32_t limit = (1 << (weight_bits - 1)) - 1;
-  if (std::any_of(codes, codes + n * k, [&](int8_t code) { return code < -limit || code > limit; })) return 1;
+  const int32_t end = 1 << (weight_bits - 1);  // every number of the width is a code, -end too
+  if (std::any_of(codes, codes + n * k, [&](int8_t code) { return code < -end || code >= end; })) return 1;
   std::memset(out, 0, l.bytes);
   write_panels(codes, scales, l, {kStreamMagic, kStreamVersion, n, k, weight_bits, act_bits, group, 0}, out);
   return 0;

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from fxquant.calibration.site import INACCURATE, Migration, SiteCalibration, Sta
 from fxquant.calibration.study import LinearSite
 from fxquant.granularity import PerChannel
 from fxquant.schemes import Scheme
+
+if TYPE_CHECKING:
+    from fxquant.calibration.reconstruction.sequence import Reconstruction
 
 SAMPLED_ROWS = 256  # of each input: enough for a search over a handful of candidates
 MANY_ROWS = 2048  # enough for quantiles of every channel
@@ -134,7 +138,8 @@ class Recipe:
 
     None: the site stays as an option without calibration would have it. ``codes_attention``: ``recipes.attention`` has its
     codings of attention, which are part of the method. ``schemes`` may give sites another scheme than the one that was asked
-    for, from what was seen of all of them.
+    for, from what was seen of all of them. With ``follows`` the weights are not rounded by ``code`` but after it, in the order
+    of the graph, behind the sites that were rounded before; the batches are kept for it.
     """
 
     name: str
@@ -143,6 +148,7 @@ class Recipe:
     observes: tuple[str, ...] = ()
     codes_attention: bool = False
     schemes: Callable[[Mapping[str, Gathered]], Mapping[str, Scheme]] | None = None
+    follows: "Reconstruction | None" = None
 
 
 def static_or_dynamic(gathered: Gathered, rounding: Rounding | None = None) -> SiteCalibration | None:

@@ -82,5 +82,7 @@ def fp8_scaled(weight: Tensor, bits: int, group: int, seen: Seen) -> tuple[Tenso
     return encode(weight, scale, bits, group), scale
 
 
-FLEXQ = Recipe("flexq", "FlexQ, arXiv 2508.04405: w6a6 with w6a8 for the class that loses most", _flexq, ("rows",), schemes=promoted)
+FLEXQ = Recipe(
+    "flexq", "FlexQ, arXiv 2508.04405: w6a6 with w6a8 for the class that loses most", _flexq, ("rows",), schemes=promoted
+)
 FIREQ = Recipe("fireq", "FireQ, arXiv 2505.20839: FP8 scales, even columns of an MLP; integer activations", _fireq)

@@ -58,7 +58,7 @@ OBSERVED = ("many rows",)
 
 
 def _fq_vit(gathered: Gathered) -> SiteCalibration:
-    if gathered.site.follows in NORMS:
+    if gathered.site.comes_from in NORMS:
         return gathered.calibrated(power_of_two_factors(gathered.rows, gathered.scheme.act_bits))
     sketch = gathered.observers["quantiles"]
     assert isinstance(sketch, QuantileSketch)
@@ -82,7 +82,7 @@ def _ptq4vit(gathered: Gathered) -> SiteCalibration:
     )
     half = torch.tensor([[float(forms[0].qmax)]])
     uniform = per_tensor(gathered, {"scale": x.qparams["scale"], "zero_point": half})
-    is_twin = gathered.site.follows == "gelu"
+    is_twin = gathered.site.comes_from == "gelu"
     one = w.qparams["scale"].reshape(1).expand(len(weight)) * (1.0 if is_twin else uniform.scale)
     return gathered.calibrated(
         choose_after_gelu(site, rows, weight, "ptq4vit", bits.act_bits) if is_twin else uniform,
@@ -91,7 +91,7 @@ def _ptq4vit(gathered: Gathered) -> SiteCalibration:
 
 
 def _repq(gathered: Gathered, rounding: Rounding = percentile.round_weight, middle: Middle = torch.mean) -> SiteCalibration:
-    if gathered.site.follows in NORMS:
+    if gathered.site.comes_from in NORMS:
         coding = percentile_channels(gathered.rows, gathered.scheme.act_bits)
         return _as_one(gathered, coding, rounding, middle)
     choice = mse_percentile(Samples.of(gathered.site.name, gathered.rows), Uniform(gathered.scheme.act_bits))
@@ -100,7 +100,7 @@ def _repq(gathered: Gathered, rounding: Rounding = percentile.round_weight, midd
 
 def _repquant(gathered: Gathered) -> SiteCalibration:
     """The clip is learned first, then the channels become one, then the weight is rounded."""
-    if gathered.site.follows not in NORMS:
+    if gathered.site.comes_from not in NORMS:
         return _repq(gathered, sweep)
     rows, bits = gathered.rows, gathered.scheme.act_bits
     low, high = rows.amin(0).clamp_max(0), rows.amax(0).clamp_min(0)
@@ -110,14 +110,14 @@ def _repquant(gathered: Gathered) -> SiteCalibration:
 
 def _adalog(gathered: Gathered) -> SiteCalibration:
     site, bits, rows = gathered.site, gathered.scheme.act_bits, gathered.rows
-    if site.follows in NORMS:
+    if site.comes_from in NORMS:
         samples = Samples.of(site.name, rows, PerChannel(-1))
         found = fpcs(TensorMetric(samples), samples, Uniform(bits)).qparams
         coding = ChannelCoding(*(found[name].reshape(-1) for name in ("scale", "zero_point")))
         coding = percentile_channels(rows, bits).or_better(coding, rows, bits)
         return _as_one(gathered, coding, hessian_weighted.round_weight)
     few = rows[:JUDGED_ROWS]
-    if site.follows == "gelu":
+    if site.comes_from == "gelu":
         static = choose_after_gelu(site.name, few, gathered.weight, "adalog", bits)
         return gathered.calibrated(static, rounding=hessian_weighted.round_weight)
     metric = Product(site.name, few, gathered.weight, PerTensor(), PerChannel(0)).metric("left")

@@ -30,6 +30,7 @@ from fxquant.reference import spread
 
 STRONGER = 10.0  # times the damping, where the factor does not exist
 ATTEMPTS = 5
+Limits = tuple[int, int]  # the least and the greatest code
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def solve(
     if is_static:
         steps = spread(scale, weight.shape[1], group)[:, order].to(torch.float64).T.contiguous()
         codes = torch.empty_like(nearest[0])
-        codes[:, order] = _sweep(weight[:, order], steps, factor, push, largest_code(bits), options.block)
+        codes[:, order] = sweep_columns(weight[:, order], steps, factor, push, _limits(bits), options.block)
         found = codes, scale
     else:
         found = _sweep_groups(weight, bits, group, factor, push, options)
@@ -110,6 +111,10 @@ def push_matrix(factor: Tensor, cross: Tensor) -> Tensor:
     return push
 
 
+def _limits(bits: int) -> Limits:
+    return -largest_code(bits), largest_code(bits)
+
+
 def _check(weight: Tensor, hessian: Tensor, cross: Tensor | None) -> None:
     k = weight.shape[1]
     for name, value in (("hessian", hessian), ("cross", cross)):
@@ -117,13 +122,13 @@ def _check(weight: Tensor, hessian: Tensor, cross: Tensor | None) -> None:
             raise CalibrationError(f"{name} must be a finite [{k}, {k}] for this weight; it is {tuple(value.shape)}")
 
 
-def _sweep(weight: Tensor, steps: Tensor, factor: Tensor, push: Tensor | None, qmax: int, size: int) -> Tensor:
+def sweep_columns(weight: Tensor, steps: Tensor, factor: Tensor, push: Tensor | None, limits: Limits, size: int) -> Tensor:
     """Codes int8 [N, K] of weight [N, K] with the steps [K, N] of its columns."""
     columns = weight.to(torch.float64).T.contiguous()  # [K, N]: a column lies in one piece
     codes = torch.empty_like(columns)
     for start in range(0, len(columns), size):
         rows = slice(start, min(start + size, len(columns)))
-        codes[rows] = _sweep_block(columns, steps[rows], factor, push, qmax, rows)
+        codes[rows] = _sweep_block(columns, steps[rows], factor, push, limits, rows)
     return codes.T.to(torch.int8).contiguous()
 
 
@@ -137,16 +142,16 @@ def _sweep_groups(
         rows = slice(start, min(start + group, len(columns)))
         scales.append(options.scale_of(columns[rows].T.to(torch.float32), bits, 0))
         steps = scales[-1].to(torch.float64).expand(rows.stop - start, -1)
-        codes[rows] = _sweep_block(columns, steps, factor, push, largest_code(bits), rows)
+        codes[rows] = _sweep_block(columns, steps, factor, push, _limits(bits), rows)
     return codes.T.to(torch.int8).contiguous(), torch.stack(scales, 1)
 
 
-def _sweep_block(columns: Tensor, steps: Tensor, factor: Tensor, push: Tensor | None, qmax: int, rows: slice) -> Tensor:
+def _sweep_block(columns: Tensor, steps: Tensor, factor: Tensor, push: Tensor | None, limits: Limits, rows: slice) -> Tensor:
     """Codes float64 [B, N] of the columns ``rows``; ``columns`` [K, N] behind them are updated in place."""
     block, inner = columns[rows].clone(), factor[rows, rows]
     codes, errors = torch.empty_like(block), torch.empty_like(block)
     for j, column in enumerate(block):  # block[j] is no longer changed, so it stays the weight before rounding
-        codes[j] = torch.round(column / steps[j]).clamp(-qmax, qmax)
+        codes[j] = torch.round(column / steps[j]).clamp(*limits)
         errors[j] = (column - codes[j] * steps[j]) / inner[j, j]
         block[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
         if push is not None:

@@ -1,0 +1,48 @@
+"""Weights rounded behind the quantized part of the model: in closed form, and learned block by block.
+
+Activations are coded as by ``minmax``. The batches are kept, and the model has to be one graph.
+"""
+
+from fxquant.calibration.recipes.base import Gathered, Recipe, static_or_dynamic
+from fxquant.calibration.reconstruction.block import Learning
+from fxquant.calibration.reconstruction.sequence import Reconstruction
+from fxquant.calibration.reconstruction.tuning import Tuning
+from fxquant.calibration.rounding import refitted
+from fxquant.calibration.site import INACCURATE, SiteCalibration
+
+LAYERWISE = Learning(drop=0.0)
+QDROPPED = Learning(drop=0.5)
+
+
+def activations(gathered: Gathered) -> SiteCalibration | None:
+    """Min-max activations, static or dynamic, or none; the weight is still to be rounded."""
+    if gathered.scheme.is_weight_only:
+        return gathered.calibrated()
+    known = static_or_dynamic(gathered)
+    return known if known is None or known.is_accurate else gathered.calibrated(note=INACCURATE)
+
+
+SEQUENTIAL = Recipe(
+    "sequential",
+    "ours: GPTQ behind the quantized prefix against the float output and residual, scales fitted to the codes",
+    activations,
+    follows=Reconstruction(refitted.round_weight),
+)
+RECONSTRUCT = Recipe(
+    "reconstruct",
+    "ours: sequential, then all scales tuned against what the float model returns",
+    activations,
+    follows=Reconstruction(refitted.round_weight, tuning=Tuning()),
+)
+ADAROUND = Recipe(
+    "adaround",
+    "AdaRound, arXiv 2004.10568: the linears that read one value and what follows them, started from sequential's codes",
+    activations,
+    follows=Reconstruction(refitted.round_weight, LAYERWISE, by_stage=True),
+)
+QDROP = Recipe(
+    "qdrop",
+    "QDrop, arXiv 2203.05740: AdaRound by blocks, inputs and activations mixed with float, started from sequential's codes",
+    activations,
+    follows=Reconstruction(refitted.round_weight, QDROPPED),
+)
