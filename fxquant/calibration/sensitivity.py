@@ -135,7 +135,7 @@ def predicted(noise: float, fine: tuple[float, float], coarse: tuple[float, floa
     slope = math.log(coarse[1] / fine[1]) / math.log(coarse[0] / fine[0])
     slope = min(max(slope, SLOPES[0]), SLOPES[1])
     near = fine if abs(math.log(noise / fine[0])) < abs(math.log(noise / coarse[0])) else coarse
-    return near[1] * (noise / near[0]) ** slope
+    return near[1] * math.pow(noise / near[0], slope)
 
 
 def specification(site: LinearSite, scheme: LinearScheme) -> Linear:
