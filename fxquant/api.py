@@ -93,10 +93,10 @@ def calibrate(
     the other, in float and without gradients. ``scheme`` and the ``sites`` of ``options`` give the widths, unless a
     ``budget`` has every site get the fastest of several schemes that together keep it. ``method`` is a name
     of ``fxquant.calibration.recipes``: minmax, percentile, mse, smoothquant, smoothquant+, awq, gptq, flexq, fireq, or
-    search (shift and factor of least predicted noise, then gptq) and search-static. ``seed`` chooses the rows that searches are made on.
-    ``progress`` draws a bar with the time that is left. ``checkpoint`` names a file that keeps what was seen when the run
-    is stopped, by Ctrl-C or an error; called again with it and the same batches, the run goes on after the last batch that
-    was seen.
+    search (shift and factor of least predicted noise, then gptq) and search-static. ``seed`` chooses the rows that searches
+    are made on. ``progress`` draws a bar with the time that is left. ``checkpoint`` names a file that keeps what was seen
+    when the run is stopped, by Ctrl-C or an error; called again with it and the same batches, the run goes on after the
+    last batch that was seen.
 
     Raises:
         CalibrationError: the method is unknown, there is no batch (two for a budget), no linear ran, or an input is not
