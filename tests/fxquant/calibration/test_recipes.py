@@ -38,7 +38,9 @@ def error(model: nn.Module, calibration: Calibration, x: Tensor) -> float:
         return float((compiled(model, calibration, x) - wanted).square().mean() / wanted.square().mean())
 
 
-@pytest.mark.parametrize("method", [name for name in RECIPES if name != "minmax"])
+@pytest.mark.parametrize(
+    "method", [name for name in RECIPES if name not in ("minmax", "flexq", "fireq")]
+)  # those two: one scheme
 @pytest.mark.parametrize("scheme", ["w6a6", "w4a16-g16"])
 def test_a_method_changes_a_site_against_min_max(method: str, scheme: str, tmp_path: Path) -> None:
     model, batches = model_and_batches()
