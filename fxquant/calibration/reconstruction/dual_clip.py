@@ -50,7 +50,7 @@ class DualClip:
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point [C], differentiable."""
         high, low = torch.sigmoid(self.upper) * self.high, torch.sigmoid(self.lower) * self.low
-        scale = ((high - low) / self.qmax).clamp_min(SMALLEST)
+        scale = (high / self.qmax - low / self.qmax).clamp_min(SMALLEST)
         return scale, _round(-low / scale)
 
     def fake_quant(self, x: Tensor) -> Tensor:
@@ -98,4 +98,4 @@ def _measure(
 
 
 def _round(x: Tensor) -> Tensor:
-    return x + (torch.round(x) - x).detach()
+    return torch.round(x).detach() + (x - x.detach())  # the very code, with gradient 1

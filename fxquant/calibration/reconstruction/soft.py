@@ -102,7 +102,7 @@ class Straight(Soft):
 
     def _soft_codes(self) -> Tensor:
         inside = self.ratio.clamp(*self._limits)
-        return inside + (torch.round(inside) - inside).detach()
+        return torch.round(inside).detach() + (inside - inside.detach())  # the very code, with gradient 1
 
     def _hard_codes(self) -> Tensor:
         return torch.round(self.ratio).clamp(*self._limits)

@@ -36,10 +36,10 @@ _SAME = ("view", "reshape", "to", "_to_copy", "slice", "float", "clone", "contig
 class Tuning:
     """``rate`` is the relative change of a scale in the first steps; it falls to 0 along a cosine after ``warm_up`` steps."""
 
-    steps: int = 60
-    rate: float = 1e-3
+    steps: int = 40
+    rate: float = 5e-4
     warm_up: int = 5
-    check_every: int = 15
+    check_every: int = 10
     patience: int = 2
 
     def rate_at(self, step: int) -> float:

@@ -92,6 +92,8 @@ def walks(study: Study, batches: Sequence[Any], method: str) -> list[Walk]:
     found = []
     for batch in batches:
         graphs = [each for each in study.graphs(batch) if each[0].names]
+        if not graphs:  # a batch without rows
+            continue
         if len(graphs) != 1:
             raise CalibrationError(
                 f"{method} follows one graph from the input to the output, and this model is {len(graphs)} graphs with "

@@ -12,15 +12,17 @@ from fxquant import CalibrationError, reference
 from fxquant.calibration.calibration import Calibration
 from fxquant.calibration.recipes.base import Gathered
 from fxquant.calibration.reconstruction.block import Block
-from fxquant.calibration.reconstruction.coded import CodedLinear
+from fxquant.calibration.reconstruction.coded import CodedLinear, as_overrides
 from fxquant.calibration.reconstruction.dual_clip import Clipping, DualClip, learn
 from fxquant.calibration.reconstruction.early_stop import EarlyStop
 from fxquant.calibration.reconstruction.order import block_of
 from fxquant.calibration.reconstruction.sos import Stages, tune_codes, tune_weights
-from fxquant.calibration.reconstruction.walk import walks
+from fxquant.calibration.reconstruction.walk import advance_all, walks
 from fxquant.calibration.rounding import refitted
+from fxquant.calibration.rounding.grid import encode
 from fxquant.calibration.run import run
 from fxquant.calibration.seen import see
+from fxquant.calibration.site import SiteCalibration, WeightCodes
 from fxquant.calibration.study import Study
 from fxquant.config import override_options
 from fxquant.formats import Uniform
@@ -180,7 +182,7 @@ def test_dual_clip_wide_open_is_min_max_and_learns_to_clip_an_outlier() -> None:
     assert float(scale.detach()[2]) < 0.9 * float((x[:, 2].amax() - x[:, 2].amin()) / 15)
 
 
-def test_sos_lowers_what_coded_activations_and_codes_cost_a_block() -> None:
+def test_sos_tunes_codes_of_a_block_under_their_scales() -> None:
     model, batches, _ = model_and_batches()
     study = Study(model, override_options(None, scheme="w4a4", calibration=None))
     found = calibrated("sequential", "w4a4").sites
@@ -190,14 +192,34 @@ def test_sos_lowers_what_coded_activations_and_codes_cost_a_block() -> None:
         for name, site in found.items()
     }
     block = Block(pairs, lambda walk: walk.places["1.wide:linear"], linears, {n: s for n, s in found.items() if n[0] == "0"})
-    how, heard = Stages(steps=60, rate=1e-3, check_every=20), []
+    stages, steps = Stages(steps=80, rate=1e-4, check_every=20), []
     with torch.no_grad():
-        weights = tune_weights(block, how, 0, lambda step, steps: heard.append(step))
-        coded = tune_codes(block, weights, how, 0, lambda step, steps: heard.append(step))
-    assert any(not torch.equal(weights[name], linears[name].weight) for name in weights)
-    assert len(heard) > 60
+        weights = tune_weights(block, stages, 0, lambda step, total: steps.append(step))
+        coded = tune_codes(block, weights, stages, 0, lambda step, total: steps.append(step))
+    assert steps[-1] == 80
+    shapes = {name: linears[name].weight.shape for name in block.found}
+    assert {name: weight.shape for name, weight in weights.items()} == shapes
+    errors = [_handed_on_error(block, sites) for sites in (_nearest(block, weights), coded)]
+    assert errors[1] < 0.95 * errors[0]
     for name, site in coded.items():
-        before = found[name].codes
-        assert site.codes is not None
-        assert before is not None
-        assert torch.equal(site.codes.scale, before.scale)
+        assert torch.equal(_codes(site).scale, _codes(found[name]).scale)
+
+
+def _codes(site: SiteCalibration) -> WeightCodes:
+    assert site.codes is not None
+    return site.codes
+
+
+def _nearest(block: Block, weights: dict[str, Tensor]) -> dict[str, SiteCalibration]:
+    scales = {name: _codes(site).scale for name, site in block.found.items()}
+    return {name: block.linears[name].rounded(encode(weights[name], scales[name], 4, 0), scales[name]) for name in weights}
+
+
+def _handed_on_error(block: Block, sites: dict[str, SiteCalibration]) -> float:
+    total = 0.0
+    for float_walk, coded_walk in block.pairs:
+        wanted, got = float_walk.fork(), coded_walk.fork()
+        advance_all(wanted.graph.study, [wanted], block.end, {})
+        advance_all(got.graph.study, [got], block.end, as_overrides(block.linears, sites))
+        total += sum(float((y - z).square().mean()) for y, z in zip(wanted.handed_on(0), got.handed_on(0), strict=True))
+    return total
