@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError
 
-CANCELLED = 1e-9  # of a channel's second moment: more than what rounding leaves of it where a shift takes it off
+# A channel that a shift makes zero keeps what the rounding of float32 sums leaves of its second moment: less than this share.
+CANCELLED = 1e-6
+LEAST_SQUARE = 1e-40  # below it float32 sums of squares are not normal numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,9 @@ class Seen:
         wide = shift.to(torch.float64)
         mixed = torch.outer(self.mean, wide)
         moved = self.hessian - 2 * (mixed + mixed.T - torch.outer(wide, wide))
-        moved += torch.diag(CANCELLED * self.hessian.diagonal())
+        square = self.hessian.diagonal()
+        varies = (moved.diagonal() > CANCELLED * square) & (square > LEAST_SQUARE)
+        moved = torch.where(varies & varies[:, None], moved, 0.0)
         return Seen(self.tokens, hessian=moved, mean=self.mean - wide)
 
     def __str__(self) -> str:

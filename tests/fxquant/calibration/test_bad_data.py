@@ -174,7 +174,8 @@ def test_data_that_are_all_equal_leave_a_model_that_runs(method: str, value: flo
     with torch.no_grad():
         wanted = model(x)
     assert torch.isfinite(got).all()
-    assert (got - wanted).abs().max() <= 0.05 * wanted.abs().max() + 1e-3
+    most = 0.15 if scheme == "w4a8" else 0.05  # weights of 4 bits
+    assert (got - wanted).abs().max() <= most * wanted.abs().max() + 1e-3
     assert torch.isfinite(run(model, batches[0], scheme=scheme, calibration=calibration)).all()
 
 
