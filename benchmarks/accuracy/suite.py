@@ -23,11 +23,13 @@ import fxquant
 from accuracy.rows import Cell, Row, done, read, write
 from accuracy.subject import Subject, is_weight_only
 from fxquant.calibration.recipes import RECIPES
+from fxquant.calibration.recipes.vit import VIT_RECIPES
 
 SCHEMES = ("w8a8", "w6a6", "w4a16-g128", "w8a7", "w4a8", "w4a4")
 DYNAMIC = "dynamic"
 WITH_ATTENTION = "minmax, with attention"  # its operands coded too, as the methods for vision transformers do
-ACTIVATIONS_ONLY = ("minmax", "percentile", "smoothquant")  # methods that find nothing for a weight alone
+# Methods that find nothing for a weight alone.
+ACTIVATIONS_ONLY = ("minmax", "percentile", "smoothquant", WITH_ATTENTION, *(recipe.name for recipe in VIT_RECIPES))
 FLOAT = "float32"
 
 

@@ -98,7 +98,7 @@ def decide(node: fx.Node, settings: Mapping[str, str], config: FxQuantConfig, is
     if isinstance(scheme, AttentionScheme):
         return Verdict(_quantized(scheme), kernel="attention_int", error_class="QUANTIZED", schemes=scheme.names)
     if is_small(node):
-        return Verdict(f"fewer than {MIN_PRODUCTS} products of q and k: the operator of PyTorch is as fast")
+        return Verdict(f"fewer than {MIN_PRODUCTS} products of q and k: the operator of PyTorch is as fast{scheme}")
     return Verdict(f"float attention with no N x M buffer{scheme}", kernel="attention", error_class="REAL")
 
 

@@ -193,7 +193,7 @@ def test_statistics_of_a_shifted_input_are_those_of_the_difference() -> None:
     torch.testing.assert_close(moved.need("hessian", "test"), wanted.need("hessian", "test"), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(moved.need("mean", "test"), wanted.need("mean", "test"), atol=1e-6, rtol=1e-6)
     assert moved.rows is None
-    with pytest.raises(CalibrationError, match="needs the statistic 'hessian'"):
+    with pytest.raises(CalibrationError, match="needs the statistic 'rows'"):
         Seen(3).shifted(shift)
 
 
