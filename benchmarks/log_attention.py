@@ -27,7 +27,7 @@ from fxquant.passes.fuse import log_attention
 
 CASES = ((128, 32), (197, 64))  # tokens, head size
 HEADS = 12
-METHODS = ("fq-vit", "repq-vit", "adalog")
+METHODS = ("fq-vit", "repq", "adalog")
 ROUNDS = 200
 
 

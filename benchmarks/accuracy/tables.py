@@ -16,7 +16,7 @@ What each scheme and method costs on real models, beside float in the same run. 
 appends every row to `rows.jsonl` and measures only what is missing; change nothing here by hand. `dynamic` finds activation
 scales at run time and rounds weights to nearest; every other method is one of `fxquant.calibrate`. Calibration data are never
 scored (`benchmarks/accuracy/data.py`). "static" counts the linears whose activations have codes from the calibration: fxquant
-leaves a linear dynamic where it predicts that static codes cost 2 dB more noise. With several seeds a figure is the mean ±
+leaves a linear dynamic where it predicts that static codes cost 0.5 dB more noise. With several seeds a figure is the mean ±
 the standard deviation over draws of the calibration data.
 """
 

@@ -150,7 +150,7 @@ def test_what_has_no_kernel_is_the_specification_and_says_why(sentence: str) -> 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["fq-vit", "repq-vit", "adalog"])
+@pytest.mark.parametrize("method", ["fq-vit", "repq", "adalog"])
 @pytest.mark.parametrize("bits", [4, 6])
 def test_published_codings_run_in_the_kernel(method: str, bits: int) -> None:
     """Within a few codes next to thresholds of the specification, as far from exact attention as it."""
