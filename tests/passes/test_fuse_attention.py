@@ -242,7 +242,9 @@ def test_few_rows_of_queries_stay_float() -> None:
 
 
 def test_wrong_names_are_refused_with_the_right_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown attention 'qk7'; use one of auto, off, calibrated, qk8, qk6, qk8-pv8, qk6-pv8"):
+    with pytest.raises(
+        ConfigError, match="unknown attention 'qk7'; use one of auto, off, calibrated, qk8, qk6, qk8-pv8, qk6-pv8"
+    ):
         fxquant.FxQuantConfig(attention="qk7")
     with pytest.raises(ConfigError, match="did you mean 'qk8-pv8'"):
         fxquant.FxQuantConfig(sites={"*": "qk8_pv8"})
