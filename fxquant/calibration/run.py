@@ -44,14 +44,13 @@ def run(
     identity = {"method": method, "options": config.model_dump_json(), "seed": str(seed)}
     kept_in = None if checkpoint is None else Checkpoint(checkpoint, identity)
     study = Study(model, config)
-    if recipe.follows is not None:
-        batches = list(batches)
+    batches = batches if recipe.follows is None else list(batches)
     bits = attention_bits(recipe, config)
     watching, count = _observe(study, batches, recipe, seed, bits is not None, kept_in, progress)
     sites = _code(watching.gathered, recipe, progress)
     if recipe.follows is not None and sites:
         kept = Kept.of(kept_in, count, watching.states())
-        sites = reconstruct(study, list(batches), watching.gathered, sites, recipe.follows, method, seed, progress, kept)
+        sites = reconstruct(study, batches, watching.gathered, sites, recipe.follows, method, seed, progress, kept)
     attention = (
         {} if bits is None else {p: choose_attention(each.seen(), method, bits) for p, each in watching.samplers.items()}
     )

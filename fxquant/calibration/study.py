@@ -5,7 +5,8 @@ of each attention by the names of ``passes.fuse.attention.operands`` (and its pa
 way. Nothing is compiled.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +108,15 @@ class Study:
         finally:
             self._recorded = None
         return found
+
+    @contextmanager
+    def computing(self, overrides: Mapping[str, Linear]) -> Iterator[None]:
+        """These linears, and no others, are computed in another way inside."""
+        before, self.overrides = self.overrides, overrides
+        try:
+            yield
+        finally:
+            self.overrides = before
 
     def linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What stands in the place of a linear."""

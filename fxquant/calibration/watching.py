@@ -67,8 +67,8 @@ class Watching:
     def _linear(self, name: str, x: Tensor) -> None:
         if not self.is_on or not isinstance(self._study.sites[name].scheme, Scheme) or not x.numel():
             return
-        refuse_not_finite(name, x)
         if self._holds:
+            refuse_not_finite(name, x)  # now, while it is known which batch it is
             self._held.append(partial(self._observe, name, x.clone()))
         else:
             self._observe(name, x)

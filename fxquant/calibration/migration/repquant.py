@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxquant.calibration.rounding.grid import straight_round
 from fxquant.errors import CalibrationError
 from fxquant.reference import SMALLEST
 
@@ -33,12 +34,12 @@ def qparams(low: Tensor, high: Tensor, clip: Clip, bits: int) -> tuple[Tensor, T
     """Scale and zero point float32 [K] for extents with low ≤ 0 ≤ high. Without a gradient z is whole."""
     top, bottom = torch.sigmoid(clip.upper) * high, torch.sigmoid(clip.lower) * low
     scale = ((top - bottom) / (2**bits - 1)).clamp_min(SMALLEST)
-    return scale, _straight(-bottom / scale).clamp(0, 2**bits - 1)
+    return scale, straight_round(-bottom / scale).clamp(0, 2**bits - 1)
 
 
 def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """``s (clip(rne(x / s) + z, 0, n - 1) - z)`` for x [..., K], the rounding passed straight through by gradients."""
-    codes = (_straight(x / scale) + zero_point).clamp(0, 2**bits - 1)
+    codes = (straight_round(x / scale) + zero_point).clamp(0, 2**bits - 1)
     return (codes - zero_point) * scale
 
 
@@ -69,8 +70,3 @@ def learn(rows: Tensor, weight: Tensor, bits: int, iterations: int = 500, rate: 
 
 def _error(x: Tensor, goal: Tensor, weight: Tensor, low: Tensor, high: Tensor, clip: Clip, bits: int) -> Tensor:
     return (fake_quant(x, *qparams(low, high, clip, bits), bits) @ weight.T - goal).square().mean()
-
-
-def _straight(x: Tensor) -> Tensor:
-    """rne, with gradient 1."""
-    return x + (torch.round(x) - x).detach() if x.requires_grad else torch.round(x)

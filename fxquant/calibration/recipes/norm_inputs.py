@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxquant.calibration.migration.repquant import fake_quant
 from fxquant.calibration.qparams import StaticQParams
 from fxquant.calibration.searches.ranges import REPQ_FRACTIONS
 from fxquant.reference import SMALLEST
@@ -52,8 +53,7 @@ class ChannelCoding:
 
     def errors(self, rows: Tensor, bits: int) -> Tensor:
         """The squared error of every channel, float32 [K]."""
-        codes = (torch.round(rows / self.scale) + self.zero_point).clamp(0, 2**bits - 1)
-        return ((codes - self.zero_point) * self.scale - rows).square().sum(0)
+        return (fake_quant(rows, self.scale, self.zero_point, bits) - rows).square().sum(0)
 
 
 def percentile_channels(rows: Tensor, bits: int, fractions: Sequence[float] = REPQ_FRACTIONS) -> ChannelCoding:

@@ -80,8 +80,7 @@ def learn_block(block: Block, how: Learning, seed: int, report: Callable[[int, i
     generator = torch.Generator().manual_seed(seed)
     goals = [_goal(float_walk, block.end) for float_walk, _ in block.pairs]
     softs = {name: _soft(block.linears[name], each, how) for name, each in block.found.items()}
-    held = list(range(len(goals)))[HELD_OUT - 1 :: HELD_OUT] or list(range(len(goals)))
-    trained = [i for i in range(len(goals)) if i not in held] or held
+    trained, held = held_out(len(goals))
     stop = EarlyStop(how.patience)
     unit = _measure(block, goals, held, softs, stop)
     adam = _optimizer(softs.values(), how)
@@ -103,6 +102,13 @@ def learn_block(block: Block, how: Learning, seed: int, report: Callable[[int, i
                 report(how.steps, how.steps)
                 break
     return {name: block.linears[name].rounded(*codes) for name, codes in stop.best.items()}
+
+
+def held_out(count: int, most: int | None = None) -> tuple[list[int], list[int]]:
+    """(the batches that are learned from, those that are measured on): every fourth, ``most`` at most; all do both if few."""
+    every = list(range(count))
+    held = every[HELD_OUT - 1 :: HELD_OUT][:most] or every
+    return [i for i in every if i not in held] or held, held
 
 
 def _goal(walk: Walk, end: Place) -> list[Tensor]:
@@ -158,15 +164,9 @@ def _run(
     walk, start = coded_walk.fork(), coded_walk.place
     if generator is not None and drop > 0:
         walk.values = mixed(float_walk.values, walk.values, drop, generator)
-    study = walk.graph.study
-    before, study.overrides = (
-        study.overrides,
-        {name: learned(block.linears[name], partial(_given, weights[name]), drop, generator) for name in weights},
-    )
-    try:
+    overrides = {name: learned(block.linears[name], partial(given, weights[name]), drop, generator) for name in weights}
+    with walk.graph.study.computing(overrides):
         got = walk.advance(block.end(walk)).handed_on(start)
-    finally:
-        study.overrides = before
     return sum((relative_error(y, other) for y, other in zip(goal, got, strict=True)), torch.zeros(()))
 
 
@@ -205,5 +205,6 @@ def learned(linear: CodedLinear, value: Callable[[], Tensor], drop: float, gener
     return compute
 
 
-def _given(value: Tensor) -> Tensor:
+def given(value: Tensor) -> Tensor:
+    """The value, for what wants a function of it."""
     return value

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxquant.calibration.migration.repquant import fake_quant
 from fxquant.calibration.reconstruction.early_stop import EarlyStop
+from fxquant.calibration.rounding.grid import straight_round
 from fxquant.errors import CalibrationError
 from fxquant.reference import SMALLEST
 
@@ -43,21 +45,20 @@ class DualClip:
             raise CalibrationError(
                 f"a range of channels has low ≤ high of one shape, not {tuple(low.shape)}, {tuple(high.shape)}"
             )
-        self.low, self.high, self.qmax = low.clamp_max(0), high.clamp_min(0), 2**bits - 1
+        self.low, self.high, self.bits = low.clamp_max(0), high.clamp_min(0), bits
         start = math.inf if opening >= 1 else math.log(opening / (1 - opening))
         self.upper, self.lower = (torch.full_like(low, start).requires_grad_() for _ in range(2))
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point [C], differentiable."""
         high, low = torch.sigmoid(self.upper) * self.high, torch.sigmoid(self.lower) * self.low
-        scale = (high / self.qmax - low / self.qmax).clamp_min(SMALLEST)
-        return scale, _round(-low / scale)
+        qmax = 2**self.bits - 1
+        scale = (high / qmax - low / qmax).clamp_min(SMALLEST)
+        return scale, straight_round(-low / scale)
 
     def fake_quant(self, x: Tensor) -> Tensor:
         """x [..., C] as its codes have it, differentiable in the ends."""
-        scale, zero_point = self.qparams()
-        codes = (_round(x / scale) + zero_point).clamp(0, self.qmax)
-        return (codes - zero_point) * scale
+        return fake_quant(x, *self.qparams(), self.bits)
 
 
 def learn(
@@ -95,7 +96,3 @@ def _measure(
         pairs = zip(inputs, goals, strict=True)
         errors = [float((block(clip.fake_quant(x)) - goal).square().sum(-1).mean()) for x, goal in pairs]
     stop.measure(sum(errors) / len(errors), (clip.upper.detach().clone(), clip.lower.detach().clone()))
-
-
-def _round(x: Tensor) -> Tensor:
-    return torch.round(x).detach() + (x - x.detach())  # the very code, with gradient 1

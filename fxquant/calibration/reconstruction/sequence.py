@@ -8,7 +8,7 @@ Memory: the batches, and for each of them the values that are alive at one place
 where blocks are learned). For a decoder that is a few times tokens · width · 4 bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ class Reconstruction:
 
 def reconstruct(
     study: Study,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     gathered: "Mapping[str, Gathered]",
     known: Mapping[str, SiteCalibration],
     how: Reconstruction,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.rounding.adaround import fraction_to_logit, penalty, soft_step
+from fxquant.calibration.rounding.grid import straight_round
 from fxquant.calibration.rounding.refitted import code_limits
 from fxquant.reference import spread
 
@@ -101,8 +102,7 @@ class Straight(Soft):
         return self.ratio
 
     def _soft_codes(self) -> Tensor:
-        inside = self.ratio.clamp(*self._limits)
-        return torch.round(inside).detach() + (inside - inside.detach())  # the very code, with gradient 1
+        return straight_round(self.ratio.clamp(*self._limits))
 
     def _hard_codes(self) -> Tensor:
         return torch.round(self.ratio).clamp(*self._limits)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.calibration.reconstruction.block import HELD_OUT, Block, learned
+from fxquant.calibration.reconstruction.block import Block, given, held_out, learned
 from fxquant.calibration.reconstruction.early_stop import EarlyStop
 from fxquant.calibration.reconstruction.soft import Straight
 from fxquant.calibration.site import SiteCalibration
@@ -47,7 +47,7 @@ Report = Callable[[int, int], None]
 def tune_weights(block: Block, how: Stages, seed: int, report: Report) -> dict[str, Tensor]:
     """Stage 1: float weights [N, K] by site, in the units of ``CodedLinear.rows``."""
     weights = {name: block.linears[name].weight.clone().requires_grad_() for name in block.found}
-    read = {name: partial(_itself, each) for name, each in weights.items()}
+    read = {name: partial(given, each) for name, each in weights.items()}
     best: dict[str, Tensor] = _tune(block, list(weights.values()), read, 0, how, seed, report, partial(_copies, weights))
     return best
 
@@ -100,8 +100,7 @@ def _tune(
     """The best state; ``start`` 0: the block's input is the float model's, 1: the quantized one's."""
     generator = torch.Generator().manual_seed(seed)
     goals = [pair[0].fork().advance(block.end(pair[0])).handed_on(pair[0].place) for pair in block.pairs]
-    held = list(range(len(goals)))[HELD_OUT - 1 :: HELD_OUT] or list(range(len(goals)))
-    trained = [i for i in range(len(goals)) if i not in held] or held
+    trained, held = held_out(len(goals))
     stop, adam = EarlyStop(how.patience), torch.optim.Adam(parameters, how.rate)
 
     def error(which: int) -> Tensor:
@@ -127,19 +126,11 @@ def _tune(
 
 
 def _error(block: Block, walk: Any, goal: list[Tensor], read: Mapping[str, Callable[[], Tensor]]) -> Tensor:
-    study, start = walk.graph.study, walk.place
-    before = study.overrides
-    study.overrides = {name: learned(block.linears[name], value, 0.0, None) for name, value in read.items()}
-    try:
+    start = walk.place
+    with walk.graph.study.computing({name: learned(block.linears[name], value, 0.0, None) for name, value in read.items()}):
         got = walk.advance(block.end(walk)).handed_on(start)
-    finally:
-        study.overrides = before
     squares = [(y - other).square() for y, other in zip(goal, got, strict=True)]
     return torch.stack([each.sum(1).mean() if each.dim() > 1 else each.mean() for each in squares]).sum()
-
-
-def _itself(weight: Tensor) -> Tensor:
-    return weight
 
 
 def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.budget import kl_error
-from fxquant.calibration.reconstruction.block import HELD_OUT, learned, relative_error
+from fxquant.calibration.reconstruction.block import held_out, learned, relative_error
 from fxquant.calibration.reconstruction.coded import CodedLinear
 from fxquant.calibration.reconstruction.early_stop import EarlyStop
 from fxquant.calibration.reconstruction.soft import Scaled
@@ -58,9 +58,7 @@ class Whole:
 
 def tune(model: Whole, how: Tuning, seed: int, report: Callable[[int, int], None]) -> dict[str, SiteCalibration]:
     """All sites with tuned scales, or as they were; ``report`` hears (steps done, steps at most)."""
-    every = range(len(model.walks))
-    held = list(every)[HELD_OUT - 1 :: HELD_OUT][:MOST_HELD] or list(every)
-    trained = [i for i in every if i not in held] or held
+    trained, held = held_out(len(model.walks), MOST_HELD)
     softs = {name: _scaled(model.linears[name], each) for name, each in model.found.items()}
     stop, adam = EarlyStop(how.patience), torch.optim.Adam([each.change for each in softs.values()], how.rate, BETAS)
     order = _order(len(trained), how.steps, seed)
@@ -104,15 +102,10 @@ def _error(model: Whole, which: int, softs: Mapping[str, Scaled]) -> Tensor:
     """The error of what one batch returns, differentiable in the scales."""
     walk = model.walks[which]
     study, end = walk.graph.study, len(walk.nodes)
-    before = study.overrides
-    try:
-        study.overrides = {}
-        with torch.no_grad():
-            wanted = walk.fork().advance(end).handed_on(0)
-        study.overrides = {name: learned(model.linears[name], each.value, 0.0, None) for name, each in softs.items()}
+    with torch.no_grad(), study.computing({}):
+        wanted = walk.fork().advance(end).handed_on(0)
+    with study.computing({name: learned(model.linears[name], each.value, 0.0, None) for name, each in softs.items()}):
         got = walk.fork().advance(end).handed_on(0)
-    finally:
-        study.overrides = before
     are_logits = [_is_logits(node) for node in _returned(walk)]
     pairs = zip(wanted, got, are_logits, strict=True)
     return sum(

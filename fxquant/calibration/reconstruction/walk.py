@@ -4,7 +4,7 @@ Two walks over the same graph, one in float and one with coded linears, give at 
 should have read. A walk holds the values that later nodes still read, and no others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class Walk:
         return [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
 
 
-def walks(study: Study, batches: Sequence[Any], method: str) -> list[Walk]:
+def walks(study: Study, batches: Iterable[Any], method: str) -> list[Walk]:
     """One walk a batch, at its beginning.
 
     Raises:
@@ -105,12 +105,8 @@ def walks(study: Study, batches: Sequence[Any], method: str) -> list[Walk]:
 
 def advance_all(study: Study, moved: Sequence[Walk], place_of: Callable[[Walk], int | None], overrides: Any) -> None:
     """Advance walks without gradients, linears computed by ``overrides``; None: a walk stays where it is."""
-    before, study.overrides = study.overrides, overrides
-    try:
-        with torch.no_grad():
-            for walk in moved:
-                place = place_of(walk)
-                if place is not None:
-                    walk.advance(place)
-    finally:
-        study.overrides = before
+    with torch.no_grad(), study.computing(overrides):
+        for walk in moved:
+            place = place_of(walk)
+            if place is not None:
+                walk.advance(place)

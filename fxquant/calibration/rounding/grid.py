@@ -53,6 +53,11 @@ def encode(weight: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:
     return torch.round(steps).clamp(-qmax, qmax).to(torch.int8)
 
 
+def straight_round(x: Tensor) -> Tensor:
+    """rne with gradient 1; the value is the very code."""
+    return torch.round(x).detach() + (x - x.detach())
+
+
 def row_errors(weight: Tensor, rounded: Tensor, hessian: Tensor, cross: Tensor | None = None) -> Tensor:
     """½ ΔW H ΔWᵀ of every row, float64 [N]: the mean over tokens of the squared output error, with ΔW = W - Ŵ.
 
@@ -75,6 +80,10 @@ def keep_better(
 ) -> tuple[Tensor, Tensor]:
     """Row by row the codes and scales with the lower output error; ``old`` on a tie."""
     error, before = (row_errors(weight, dequantize_weight(*pair, group), hessian, cross) for pair in (new, old))
-    better = error < before
-    shape = better.view(-1, *[1] * (new[1].dim() - 1))
-    return torch.where(better[:, None], new[0], old[0]), torch.where(shape, new[1], old[1])
+    return pick_rows(error < before, new, old)
+
+
+def pick_rows(is_new: Tensor, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Codes and scales whose rows are those of ``new`` where ``is_new`` [N], else of ``old``."""
+    shape = is_new.view(-1, *[1] * (new[1].dim() - 1))
+    return torch.where(is_new[:, None], new[0], old[0]), torch.where(shape, new[1], old[1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.rounding.grid import as_matrix, encode, largest_code
+from fxquant.calibration.rounding.search import best_scale, power_metric
 from fxquant.calibration.searches.ranges import REPQ_FRACTIONS
 from fxquant.calibration.seen import Seen
 from fxquant.errors import CalibrationError
@@ -27,9 +28,7 @@ def round_weight(
     if group:
         raise CalibrationError(f"percentiles are of whole output channels; a scheme without the group of {group} has them")
     weight = as_matrix(weight, group)
-    best, least = torch.empty(len(weight)), torch.full((len(weight),), torch.inf)
-    for high in torch.quantile(weight.abs(), torch.tensor(fractions), dim=1):
-        scale = (high / largest_code(bits)).clamp_min(SMALLEST)
-        error = (weight - encode(weight, scale, bits, 0) * scale[:, None]).square().sum(1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    m = largest_code(bits)
+    scales = (torch.quantile(weight.abs(), torch.tensor(fractions), dim=1) / m).clamp_min(SMALLEST)
+    best = best_scale(weight, scales, (-m, m), power_metric(2.0), slice(None))
     return encode(weight, best, bits, 0), best

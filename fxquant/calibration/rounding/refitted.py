@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fxquant.calibration.rounding.gptq import inverse_factor, sweep_columns
-from fxquant.calibration.rounding.grid import as_matrix, largest_code, row_errors
-from fxquant.calibration.rounding.search import diagonal_metric, search_scale
+from fxquant.calibration.rounding.grid import as_matrix, largest_code, pick_rows, row_errors
+from fxquant.calibration.rounding.search import best_scale, diagonal_metric, search_scale
 from fxquant.calibration.seen import Seen
 from fxquant.reference import SMALLEST, dequantize_weight, spread
 
@@ -84,13 +84,8 @@ def choose_scale(weight: Tensor, bits: int, group: int, diagonal: Tensor) -> Ten
     for start in range(0, weight.shape[1], group):
         part, weights = weight[:, start : start + group], narrow[start : start + group]
         extreme = part.gather(1, part.abs().argmax(1, keepdim=True))[:, 0]
-        best, least = torch.full_like(extreme, SMALLEST), torch.full_like(extreme, torch.inf)
-        for shrink in SHRINKS:
-            scale = torch.where(extreme != 0, extreme * (shrink / low), SMALLEST)
-            codes = torch.round(part / scale[:, None]).clamp(low, high)
-            error = (part - codes * scale[:, None]).square() @ weights
-            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-        found.append(best)
+        scales = (torch.where(extreme != 0, extreme * (shrink / low), SMALLEST) for shrink in SHRINKS)
+        found.append(best_scale(part, scales, (low, high), diagonal_metric(weights), slice(None)))
     return torch.stack(found, 1)
 
 
@@ -125,7 +120,4 @@ def _better(
     error = row_errors(goal, dequantize_weight(*new, group), hessian)
     if best is None:
         return new, error
-    better = error < least
-    shape = better.view(-1, *[1] * (new[1].dim() - 1))
-    chosen = torch.where(better[:, None], new[0], best[0]), torch.where(shape, new[1], best[1])
-    return chosen, torch.where(better, error, least)
+    return pick_rows(error < least, new, best), torch.minimum(error, least)

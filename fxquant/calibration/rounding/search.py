@@ -5,12 +5,12 @@ group of columns, float32 [N, n], and gives one number a row: Σ|e|^norm, Σ h_k
 Hessian that belongs to the group.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fxquant.calibration.rounding.grid import absmax_scale, encode, largest_code
+from fxquant.calibration.rounding.grid import absmax_scale, largest_code
 from fxquant.reference import SMALLEST
 
 Metric = Callable[[Tensor, slice], Tensor]
@@ -42,12 +42,20 @@ def search_scale(weight: Tensor, bits: int, group: int, shrinks: Sequence[float]
 
 
 def _best(part: Tensor, bits: int, shrinks: Sequence[float], metric: Metric, columns: slice) -> Tensor:
-    """The best scale [N] of one group of columns [N, n]."""
-    best, least = absmax_scale(part, bits, 0), torch.full((len(part),), torch.inf)
-    extent = part.abs().amax(1) / largest_code(bits)
-    for shrink in shrinks:
-        scale = (extent * shrink).clamp_min(SMALLEST)
-        error = metric(part - encode(part, scale, bits, 0) * scale[:, None], columns)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    """The best shrunk scale [N] of one group of columns [N, n]."""
+    m, extent = largest_code(bits), part.abs().amax(1) / largest_code(bits)
+    return best_scale(part, ((extent * shrink).clamp_min(SMALLEST) for shrink in shrinks), (-m, m), metric, columns)
+
+
+def best_scale(part: Tensor, scales: Iterable[Tensor], limits: tuple[int, int], metric: Metric, columns: slice) -> Tensor:
+    """Of scales [N] for weights [N, n], which lie in these columns, that of least error for every row; the first of equal ones.
+
+    ``limits`` are the least and the greatest code. Where no error is a number the first scale stays.
+    """
+    best, least = None, torch.full((len(part),), torch.inf)
+    for scale in scales:
+        error = metric(part - torch.round(part / scale[:, None]).clamp(*limits) * scale[:, None], columns)
+        best = scale if best is None else torch.where(error < least, scale, best)
+        least = torch.where(error < least, error, least)
+    assert best is not None
     return best

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxquant.calibration.rounding.grid import absmax_scale, as_matrix, encode, keep_better, largest_code
+from fxquant.calibration.rounding.grid import absmax_scale, as_matrix, encode, keep_better, largest_code, straight_round
 from fxquant.calibration.seen import Seen, see
 from fxquant.reference import spread
 
@@ -58,8 +58,7 @@ def _tune(weight: Tensor, steps: Tensor, qmax: int, rows: Tensor, goal: Tensor, 
             for each in adam.param_groups:
                 each["lr"] = options.rate * (1 + math.cos(math.pi * iteration / options.iterations)) / 2
             picked = torch.randint(len(rows), (min(options.batch, len(rows)),), generator=generator)
-            inside = (tuned / steps).clamp(-qmax, qmax)
-            rounded = (inside + (torch.round(inside) - inside).detach()) * steps
+            rounded = straight_round((tuned / steps).clamp(-qmax, qmax)) * steps
             error = (rows[picked] @ rounded.T - goal[picked]).square().mean()
             adam.zero_grad()
             error.backward()
