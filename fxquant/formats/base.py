@@ -99,10 +99,14 @@ class Format(ABC):
         """The straight-through derivative of ``fake_quant`` at float32 x, coded as ``value``: 1 where x ``passes``, else 0."""
         return self.passes(x, qparams).to(torch.float32)
 
+    def nearest(self, x: Tensor, qparams: QParams) -> Tensor:
+        """``dequantize(quantize(x))`` for float32 without NaN; a format may have a quicker way to the same bits."""
+        return self.dequantize(self.quantize(x, qparams), qparams)
+
     def fake_quant(self, x: Tensor, qparams: QParams) -> Tensor:
         """quantize, then dequantize, in x's dtype: the same bits with gradients and without; differentiable by ``slope``."""
         wide = x.detach().to(torch.float32)
-        value = self.dequantize(self.quantize(wide, qparams), qparams)
+        value = self.nearest(wide, qparams)
         value = torch.where(torch.isnan(wide), wide, value).to(x.dtype)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return value

@@ -75,6 +75,13 @@ class Uniform(Format):
         zero_point = self.qmax if self.is_symmetric else qparams["zero_point"]
         return (codes.to(torch.float32) - zero_point) * qparams["scale"]
 
+    def nearest(self, x: Tensor, qparams: QParams) -> Tensor:
+        """Codes are small whole numbers, which float32 holds: they need not become integers in between. No zero is negative."""
+        steps = torch.round(x / qparams["scale"])
+        if self.is_symmetric:
+            return (steps.clamp(-self.qmax, self.qmax) + 0.0) * qparams["scale"]
+        return ((steps + qparams["zero_point"]).clamp(0, self.qmax) - qparams["zero_point"]) * qparams["scale"]
+
     def _scale(self, scale: Tensor) -> Tensor:
         scale = scale.clamp_min(SMALLEST)
         return torch.exp2(torch.ceil(torch.log2(scale))) if self.power_of_two else scale
