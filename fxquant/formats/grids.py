@@ -26,6 +26,7 @@ from fxquant.errors import FormatError
 
 MANTISSA_BITS = 23  # of float32
 EXPONENT_BIAS = 127  # of float32
+EXPONENT_FIELD = 0xFF << MANTISSA_BITS  # its bits in float32
 
 
 class Grid(Protocol):
@@ -44,6 +45,9 @@ class Grid(Protocol):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values float32 of codes."""
+
+    def nearest(self, y: Tensor) -> Tensor:
+        """``decode(encode(y))`` without codes in between; NaN becomes 0."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,13 @@ class FloatGrid:
             value = torch.where(size == self.greatest_code + 1, float("inf"), value)
         return torch.where(codes >> (self.bits - 1) > 0, -value, value)
 
+    def nearest(self, y: Tensor) -> Tensor:
+        """The bits of a size's exponent alone are the power of two below it."""
+        size = torch.nan_to_num(y.abs(), nan=0.0).clamp_max(self.maximum)
+        power = (size.view(torch.int32) & EXPONENT_FIELD).view(torch.float32).clamp_min(2.0**self.least_exponent)
+        unit = power * 2.0**-self.mantissa_bits
+        return torch.copysign(torch.round(size / unit) * unit, y)
+
 
 @dataclass(frozen=True)
 class FixedGrid:
@@ -129,6 +140,11 @@ class FixedGrid:
     def decode(self, codes: Tensor) -> Tensor:
         """Values float32."""
         return (codes - ((codes & 0x80) << 1)).to(torch.float32) * 2.0**-self.mantissa_bits
+
+    def nearest(self, y: Tensor) -> Tensor:
+        """No zero is negative."""
+        steps = torch.round(torch.nan_to_num(y, nan=0.0) * 2**self.mantissa_bits)
+        return (steps.clamp(-self.greatest, self.greatest) + 0.0) * 2.0**-self.mantissa_bits
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

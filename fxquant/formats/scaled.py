@@ -40,6 +40,11 @@ class ScaledGrid(Format):
         """Values float32."""
         return self.grid.decode(codes) * self.step(qparams)
 
+    def nearest(self, x: Tensor, qparams: QParams) -> Tensor:
+        """The grid's nearest value, with no code in between."""
+        step = self.step(qparams)
+        return self.grid.nearest(x / step) * step
+
     def passes(self, x: Tensor, qparams: QParams) -> Tensor:
         """Where |x| is below the greatest level."""
         return x.abs() < self.grid.maximum * self.step(qparams)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import FormatError
-from fxquant.formats import E2M1, E2M3, E3M2, E4M3, E5M2, INT8, FloatGrid, Minifloat
+from fxquant.formats import E2M1, E2M3, E3M2, E4M3, E5M2, INT8, FixedGrid, FloatGrid, Minifloat
 from fxquant.formats.grids import power_of_two
 
 PEERS = {
@@ -57,6 +57,16 @@ def test_every_code_has_the_value_of_ml_dtypes(grid: FloatGrid) -> None:
     values = grid.decode(codes)
     assert torch.equal(torch.isnan(values), torch.isnan(wanted))
     assert torch.equal(values.nan_to_num(0).view(torch.int32), wanted.nan_to_num(0).view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    "grid", [*PEERS, INT8, *(FloatGrid(e, m, 0) for e, m in ((3, 0), (1, 2), (5, 0), (5, 2), (1, 6)))], ids=str
+)
+def test_the_nearest_value_is_that_of_the_code(grid: FloatGrid | FixedGrid) -> None:
+    x = torch.cat([every(torch.bfloat16), every(torch.float16)])
+    x = x[~torch.isnan(x)]
+    assert torch.equal(grid.nearest(x).view(torch.int32), grid.decode(grid.encode(x)).view(torch.int32))
+    assert grid.nearest(torch.tensor([math.nan])).tolist() == [0], "0 / 0 in a block of zeros"
 
 
 @GRIDS
