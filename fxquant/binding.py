@@ -71,9 +71,10 @@ class Slot:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What the graph reads besides the packed weight, by name."""
-        parts = [part.inputs for part in (self.static, self.migration) if part is not None]
-        return {name: value for part in parts for name, value in part.items()}
+        """What the graph reads besides the packed weight, by name; qparams of a number format are called ``coding_<name>``."""
+        static, moved = (part.inputs if part is not None else {} for part in (self.static, self.migration))
+        prefix = "coding_" if isinstance(self.static, StaticCoding) else ""
+        return {**{prefix + name: value for name, value in static.items()}, **moved}
 
 
 @dataclass(frozen=True)

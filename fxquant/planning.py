@@ -31,9 +31,7 @@ from fxquant.sites import Site, find_sites, kind_of
 # an error of a tenth, where a user would notice. An explicit scheme has no such guard.
 MIN_WEIGHT_SQNR_DB = 20.0
 NO_KERNEL = "no integer kernel has this scheme: its specification runs in float"
-NO_KERNEL_OF_CODING = (
-    "no integer kernel multiplies integer weights by an input in a number format: its specification runs in float"
-)
+NO_KERNEL_OF_CODING = "no integer kernel has an operand in a number format: its specification runs in float"
 NO_CODING = "its operands stay float: the calibration has no coding of them, or the options ask for float"
 ANOTHER_WEIGHT = "the weight is not the one that the calibration rounded; calibrate again"
 
@@ -256,7 +254,7 @@ class Packer:
         is_value = format_of(scheme) is None  # of the weight times the steps: without a kernel nothing divides by them
         return packed / self.static.steps if is_value and isinstance(self.static, StaticQParams) else packed
 
-    def _rounded(self, weight: Tensor, effective: Tensor, codes: WeightCodes) -> Codes:
+    def _rounded(self, weight: Tensor, effective: Tensor, codes: WeightCodes) -> Codes | Rounded:
         """What a calibration made of this very weight.
 
         Raises:
@@ -265,6 +263,8 @@ class Packer:
         check_weight(effective)
         if weight_digest(weight) != codes.source:
             raise PackError(ANOTHER_WEIGHT)
+        if codes.coding is not None:
+            return Rounded(codes.value)
         return Codes(codes.codes, codes.scale, codes.group)
 
     def _effective(self, weight: Tensor) -> Tensor:

@@ -142,9 +142,11 @@ def _rebuild(values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]
     migration = Migration(**parts["migration"]) if "migration" in parts else None
     for vector in migration.tensors().values() if migration is not None else ():
         _check(vector, (k,))
-    weight = parts.get("weight")
-    codes = None if weight is None else WeightCodes(weight["codes"], weight["scale"], **values["weight"])
-    if codes is not None:
+    codes = None
+    if "weight" in parts:
+        about = dict(values["weight"])
+        coding = Coding.from_json(about.pop("coding")) if "coding" in about else None
+        codes = WeightCodes(parts["weight"]["codes"], parts["weight"]["scale"], **about, coding=coding)
         _check(codes.codes, (n, k))
     return SiteCalibration(
         values["scheme"], (n, k), static, migration, codes, values.get("note"), bool(values.get("is_explicit", False))

@@ -75,24 +75,31 @@ class Migration(Digested):
 @dataclass(frozen=True, eq=False)
 class WeightCodes(Digested):
     """A rounded weight: codes int8 [N, K], scale float32 [N], or [N, G] where ``group`` input features share one, and the
-    digest of the float weight that it was made of."""
+    digest of the float weight that it was made of.
+
+    With ``coding`` (PerChannel(0), one scale a block) they are codes uint8 of its number format.
+    """
 
     codes: Tensor
     scale: Tensor
     source: str
     group: int = 0
+    coding: Coding | None = None
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Codes and scale."""
         return {"codes": self.codes, "scale": self.scale}
 
     def about(self) -> Any:
-        """The source and the group."""
-        return {"source": self.source, "group": self.group}
+        """The source, the group and the coding."""
+        about = {"source": self.source, "group": self.group}
+        return about if self.coding is None else {**about, "coding": self.coding.to_json()}
 
     @property
     def value(self) -> Tensor:
         """The weight that the codes stand for, float32 [N, K]."""
+        if self.coding is not None:
+            return self.coding.format.dequantize(self.codes.to(torch.int64), {"scale": self.scale[:, None]})
         return dequantize_weight(self.codes, self.scale, self.group)
 
 

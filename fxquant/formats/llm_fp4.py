@@ -59,7 +59,7 @@ class LlmFp4(ScaledGrid):
         if self.shift == "none":
             return {"scale": scale}
         biases = -torch.log2(scale)
-        return {"scale": scale.amax(0, keepdim=True).expand_as(scale), "shift": self._shifts(biases, biases.amin())}
+        return {"scale": scale.amax(0, keepdim=True).expand_as(scale), "shift": self.shifts(biases, biases.amin())}
 
     def step(self, qparams: QParams) -> Tensor:
         """``2^-(b + β)``."""
@@ -67,7 +67,8 @@ class LlmFp4(ScaledGrid):
             return qparams["scale"]
         return qparams["scale"] * power_of_two(-qparams["shift"].to(torch.int32))
 
-    def _shifts(self, biases: Tensor, least: Tensor) -> Tensor:
+    def shifts(self, biases: Tensor, least: Tensor) -> Tensor:
+        """β of channels with biases b_c [K, 1], for the real bias ρ = ``least`` of the tensor."""
         top = (1 << self.grid.exponent_bits) - 1
         if self.shift == "paper":
             return torch.round(biases - least).clamp(0, top)

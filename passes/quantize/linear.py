@@ -121,7 +121,7 @@ def _coded(x: fx.Node, static: StaticCoding, inputs: Inputs, before: fx.Node, fa
     def coded(value: Tensor, *qparams: Tensor) -> Tensor:
         return coding.fake_quant(value, dict(zip(names, qparams, strict=True)))
 
-    return inline(coded, [x, *(inputs[name] for name in names)], before, fake_mode)
+    return inline(coded, [x, *(inputs[f"coding_{name}"] for name in names)], before, fake_mode)
 
 
 def _fake_quant(

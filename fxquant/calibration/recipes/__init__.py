@@ -3,6 +3,7 @@
 import difflib
 
 from fxquant.calibration.recipes.base import Gathered, Recipe
+from fxquant.calibration.recipes.floating import FPQ
 from fxquant.calibration.recipes.llm import FIREQ, FLEXQ
 from fxquant.calibration.recipes.ranges import MINMAX, MSE, PERCENTILE
 from fxquant.calibration.recipes.reconstruction import ADAROUND, QDROP, RECONSTRUCT, SEQUENTIAL
@@ -11,7 +12,7 @@ from fxquant.calibration.recipes.vit import VIT_RECIPES
 from fxquant.calibration.recipes.weights import AWQ, GPTQ, SMOOTHQUANT, SMOOTHQUANT_PLUS
 from fxquant.errors import CalibrationError
 
-_LINEARS = (MINMAX, PERCENTILE, MSE, SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, FLEXQ, FIREQ, SEARCH, SEARCH_STATIC)
+_LINEARS = (MINMAX, PERCENTILE, MSE, SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, FLEXQ, FIREQ, FPQ, SEARCH, SEARCH_STATIC)
 _ALL = (*_LINEARS, SEQUENTIAL, RECONSTRUCT, ADAROUND, QDROP, *VIT_RECIPES)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 

@@ -3,6 +3,7 @@
 from fxquant.calibration.searches.adalog import adalog_base, adalog_scale_and_base
 from fxquant.calibration.searches.fpcs import fpcs
 from fxquant.calibration.searches.kl import kl
+from fxquant.calibration.searches.llm_fp4 import llm_fp4
 from fxquant.calibration.searches.metric import Candidates, Choice, GramMetric, Metric, TensorMetric, choose
 from fxquant.calibration.searches.product import Product, alternate
 from fxquant.calibration.searches.ranges import from_extent, min_max, mse_grid, mse_percentile, omse, percentile
@@ -26,6 +27,7 @@ __all__ = [
     "from_extent",
     "half_step_start",
     "kl",
+    "llm_fp4",
     "min_max",
     "mse_grid",
     "mse_percentile",
