@@ -57,6 +57,22 @@ def test_clipped_softmax_is_kept(logits: list[float], zeta: float, gamma: float,
     assert kernels(made) == 0
 
 
+@pytest.mark.parametrize(("zeta", "gamma", "zero", "one"), [(1.0, -0.025, 0.0243902, None), (1.1, -0.1, 0.1 / 1.2, 0.9166667)])
+def test_where_clipped_softmax_is_zero_and_one(zeta: float, gamma: float, zero: float, one: float | None) -> None:
+    """Weights of p up to -γ / (ζ - γ) are zero, from (1 - γ) / (ζ - γ) on one: just before and just behind."""
+    edges = [edge for edge in (zero, one) if edge is not None]
+    p = torch.tensor([edge * (1 + sign * 1e-4) for edge in edges for sign in (-1, 1)], dtype=torch.float64)
+    logits = torch.stack([p.log(), (1 - p).log()], -1)[None]
+
+    def attend(x: Tensor, v: Tensor) -> Tensor:
+        return torch.clip((zeta - gamma) * torch.softmax(x, -1) + gamma, 0.0, 1.0) @ v
+
+    weights = check(attend, logits, torch.eye(2, dtype=torch.float64)[None]).run()[0, :, 0]
+    assert weights[0] == 0
+    assert weights[1] > 0
+    assert one is None or (weights[2] < 1 and weights[3] == 1)
+
+
 def test_clipped_softmax_of_real_scores_is_kept() -> None:
     made = check(lambda q, k, v: torch.clamp(torch.softmax(scores(q, k), -1) * 1.06 - 0.03, 0, 1) @ v, Q, K, V)
     assert kernels(made) == 0

@@ -31,6 +31,7 @@ def test_codes_are_exact_for_every_mantissa() -> None:
 def test_single_precision_log2_is_not_good_enough() -> None:
     y = binade()
     assert int((torch.round(-torch.log2(y)).to(torch.int64) != log2_codes(y)).sum()) == 1
+    assert torch.equal(torch.round(-2 * torch.log2(y)).to(torch.int64), log_sqrt2_codes(y)), "of log-√2 it is"
 
 
 def test_codes_are_exact_for_every_exponent() -> None:

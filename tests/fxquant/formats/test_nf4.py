@@ -48,6 +48,8 @@ def test_the_values_of_fp4_by_code() -> None:
 
 def test_a_tie_of_fp4_takes_the_smaller_magnitude() -> None:
     ties = torch.tensor([FP4_BNB.thresholds])
+    wanted = [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333]
+    assert ties[0].tolist() == pytest.approx(wanted, abs=1e-6)
     assert FP4_BNB.quantize(ties, ONE).tolist() == [[0, 1, 6, 7, 4, 5, 2]]
     assert FP4_BNB.quantize(-ties, ONE).tolist() == [[8, 9, 14, 15, 12, 13, 10]]
 
