@@ -94,11 +94,12 @@ def calibrate(
     gives every linear that ``sites`` does not name the fastest of several schemes that together keep it; it looks at the first
     twelve batches, at least two, and stands without ``scheme``, ``method`` and ``checkpoint``.
 
-    ``method`` is a name of ``fxquant.calibration.recipes``: minmax, percentile, mse; smoothquant, smoothquant+, awq, gptq,
-    flexq, fireq, fpq; fq-vit, ptq4vit, repq, repquant, i&s, dopq, adalog, which code attention too; search and search-static
-    (shift and factor of least predicted noise, then gptq); or one that rounds behind the quantized part of the model:
-    sequential, reconstruct (then scales are tuned against the float output), adaround, qdrop. Those keep all batches and need
-    a model of one graph; their checkpoint holds the blocks that were done.
+    ``method`` is a name of ``fxquant.calibration.recipes``: minmax, ema, percentile, mse, omse, kl; smoothquant, smoothquant+,
+    awq, gptq, quarot, flexq, fireq, fpq; fq-vit, ptq4vit, repq, repquant, i&s, dopq, adalog, which code attention too; search
+    and search-static (shift and factor of least predicted noise, then gptq), search-rotated (that after quarot's rotations); or
+    one that rounds behind the quantized part of the model: gptaq, sequential, reconstruct (then scales are tuned against the
+    float output, on every second batch, which the rounding does not see), adaround, qdrop. Those, repquant and i&s keep all
+    batches and need a model of one graph; their checkpoint holds the blocks that were done.
 
     ``seed`` chooses the rows that searches are made on. ``progress`` draws a bar with the time that is left. ``checkpoint``
     names a file that keeps what was seen when the run is stopped, by Ctrl-C or an error; called again with it and the same

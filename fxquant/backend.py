@@ -201,16 +201,21 @@ def _check_patterns(sites: tuple[Site, ...], args: Sequence[Any], graph: Compile
 
 
 def _check_calibration(planned: Planned, graph: CompiledGraph) -> None:
-    """A calibration with no site of the graph is that of another model, unless this graph is only a part of one."""
-    calibration, names = graph.config.calibration, planned.could_be_static
-    if calibration is None or not names or graph.is_partial or tracker().has_partial(graph.config):
+    """A calibration that fits no linear of the graph is that of another model, unless this graph is only a part of one."""
+    calibration, shapes = graph.config.calibration, planned.quantized
+    if calibration is None or not shapes or graph.is_partial or tracker().has_partial(graph.config):
         return
-    is_known = any(verdict.calibrated is not None for verdict in planned.verdicts.values())
-    if not is_known and not any(name in calibration.sites for name in names):
-        raise CalibrationError(
-            f"a calibration of another model: it knows {_some(calibration.sites)}, and this graph has {_some(names)}; "
-            "calibrate the module or function that is compiled"
-        )
+    if any(verdict.calibrated is not None for verdict in planned.verdicts.values()):
+        return
+    moved = [name for by_site in calibration.vectors.values() for name in by_site]
+    known = {name: calibration.sites[name].shape for name in planned.nodes if name in calibration.sites}
+    if any(shapes.get(name, shape) == shape for name, shape in known.items()) or planned.nodes.keys() & moved:
+        return
+    found = f"it knows {_some([*calibration.sites, *moved, *calibration.attention])}, and this graph has {_some(shapes)}"
+    if known:
+        name, shape = next(iter(known.items()))
+        found = f"{name!r} has a weight {[*shape]} in it and {[*shapes[name]]} here"
+    raise CalibrationError(f"a calibration of another model: {found}; calibrate the module or function that is compiled")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from fxquant.config import FxQuantConfig
 from fxquant.errors import PackError
 from fxquant.format_schemes import FormatScheme
 from fxquant.linear_choice import FLOAT_TOLERANCE, LinearChoice, choose_linear, not_worth_binding
-from fxquant.linear_formats import FLOAT_OPERATOR, PANEL, STATIC, format_of, operator_of
+from fxquant.linear_formats import FLOAT_OPERATOR, PANEL, format_of, operator_of
 from fxquant.lowering.pack import Codes, Rounded, check_weight, pack_codes, round_weight, weight_error
 from fxquant.lowering.pack_table import round_to_table
 from fxquant.lowering.timings import Timing
@@ -52,10 +52,10 @@ class Planned:
     timings: Mapping[str, Timing] = field(default_factory=dict)
 
     @property
-    def could_be_static(self) -> list[str]:
-        """The taken linears whose scheme has a static form."""
-        schemes = {name: slot.scheme for name, slot in self.slots.items() if slot.scheme is not None}
-        return [name for name, scheme in schemes.items() if format_of(scheme) in (PANEL, STATIC, None)]
+    def quantized(self) -> dict[str, tuple[int, int]]:
+        """The taken linears that have a scheme, with the shapes [N, K] of their weights."""
+        weights = {name: self.nodes[name].args[1] for name, slot in self.slots.items() if slot.scheme is not None}
+        return {name: tuple(weight.meta["val"].shape) for name, weight in weights.items() if isinstance(weight, fx.Node)}
 
     @property
     def changes_nothing(self) -> bool:
@@ -170,14 +170,14 @@ def _calibrated(
         return None, None
     form = format_of(scheme)
     n, k = weight.meta["val"].shape
-    found = config.calibration.find(site.name, str(scheme), (int(n), int(k)))
+    found = config.calibration.find(site.name, scheme, (int(n), int(k)))
     if isinstance(found, SiteCalibration) and isinstance(found.static, StaticCoding) and isinstance(scheme, Scheme):
         if scheme.is_weight_only:
             sentence = f"the calibration has a number format for the input, and {scheme} leaves it float"
             return replace(found, static=None), "; ".join(part for part in (sentence, found.note) if part)
         return found, found.note
     if scheme.is_weight_only:
-        return (None, None) if isinstance(found, str) else (found, found.note)
+        return (None, found) if isinstance(found, str) else (found, found.note)
     if form not in (PANEL, None) and (isinstance(found, str) or found.static is not None):
         return None, f"dynamic: {scheme} has no kernel with static activations"
     return (None, found) if isinstance(found, str) else (found, found.note)

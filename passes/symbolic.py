@@ -20,6 +20,10 @@ class Symbols:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
+    @property
+    def dtype(self) -> None:
+        return None  # symbols are exact in every dtype
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -226,7 +230,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "exp": _each(sp.exp),
     "erf": _each(sp.erf),
     "tanh": _each(sp.tanh),
-    "sqrt": _each(sp.sqrt),
+    "sqrt": _each(lambda v: sp.sqrt(_normal(v) if v.has(sp.sin) else v)),
     "rsqrt": _each(lambda v: 1 / sp.sqrt(v)),
     "sigmoid": _each(_sigmoid),
     "silu": lambda x, inplace=False: _each(lambda v: v * _sigmoid(v))(x),
@@ -242,6 +246,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "softmax": _softmax,
     "batch_norm": _batch_norm,
     "scaled_dot_product_attention": _attention,
+    "to": lambda x, dtype: x,
     "t": lambda x: x.T,
     "transpose": np.swapaxes,
     "unsqueeze": np.expand_dims,

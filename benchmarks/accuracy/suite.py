@@ -29,7 +29,8 @@ SCHEMES = ("w8a8", "w6a6", "w4a16-g128", "w8a7", "w4a8", "w4a4")
 DYNAMIC = "dynamic"
 WITH_ATTENTION = "minmax, with attention"  # its operands coded too, as the methods for vision transformers do
 # Methods that find nothing for a weight alone.
-ACTIVATIONS_ONLY = ("minmax", "percentile", "smoothquant", "fpq", WITH_ATTENTION, *(recipe.name for recipe in VIT_RECIPES))
+_RANGES = ("minmax", "ema", "percentile", "omse", "kl")
+ACTIVATIONS_ONLY = (*_RANGES, "smoothquant", "fpq", WITH_ATTENTION, *(recipe.name for recipe in VIT_RECIPES))
 FLOAT = "float32"
 
 

@@ -10,12 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from fxquant.budget import Budget
 from fxquant.calibration.allocation import Allocation, curve, uniform, within
-from fxquant.calibration.observers import refuse_not_finite
-from fxquant.calibration.sensitivity import Probe, measure, specification, units
+from fxquant.calibration.sensitivity import Probe, measure, references, specification, units
 from fxquant.calibration.study import Study
 from fxquant.errors import CalibrationError
 from fxquant.schemes import LinearScheme, parse_scheme
@@ -76,10 +73,10 @@ def keep_budget(
             asked for by name alone exceed the budget.
     """
     probed, checked = split(batches)
-    check = _Check(study, budget, {str(scheme): scheme for scheme in schemes}, checked, _references(study, checked))
-    _references(study, probed)
+    check = _Check(study, budget, {str(scheme): scheme for scheme in schemes}, checked, references(study, checked))
+    references(study, probed)
     if not study.sites:
-        raise CalibrationError("no linear that could be quantized ran on these batches")
+        raise CalibrationError(study.nothing)
     probed = probed[: max(PROBES // max(len(units(study)), 1), 1)]
     study.overrides = check.fixed
     probes = measure(study, probed, schemes, budget.error, on_probe)
@@ -92,19 +89,6 @@ def keep_budget(
             break
     float_us = sum(probe.us for options in probes for probe in options if probe.scheme == "float")
     return BudgetedPlan(found.schemes, check(found), found.us, float_us, tuple(front), tuple(map(tuple, probes)))
-
-
-def _references(study: Study, batches: Sequence[Any]) -> list[Any]:
-    """The float outputs; an input of a linear that is not finite is refused."""
-
-    def watch(name: str, x: Tensor) -> None:
-        refuse_not_finite(name, x)
-
-    study.watch = watch
-    try:
-        return [study(batch) for batch in batches]
-    finally:
-        study.watch = None
 
 
 @dataclass

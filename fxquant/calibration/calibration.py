@@ -17,6 +17,7 @@ from fxquant.errors import CalibrationError
 
 if TYPE_CHECKING:
     from fxquant.calibration.budgeting import BudgetedPlan
+    from fxquant.schemes import LinearScheme
 
 # Below this step weight times step could leave the normal range of float32; only an input that was about zero has it.
 SMALLEST_STEP = 2.0**-80
@@ -68,15 +69,15 @@ class Calibration:
         """In options a calibration is taken as it is, and printed as one line."""
         return core_schema.is_instance_schema(cls, serialization=core_schema.to_string_ser_schema())
 
-    def find(self, name: str, scheme: str, shape: tuple[int, int]) -> SiteCalibration | str:
-        """What is known of a site with this scheme and weight shape [N, K], or the sentence why it has to stay dynamic."""
-        site = self.sites.get(name)
+    def find(self, name: str, scheme: "LinearScheme", shape: tuple[int, int]) -> SiteCalibration | str:
+        """What is known of a site with this scheme and weight shape [N, K], or the sentence why it does without."""
+        site, way = self.sites.get(name), "to the nearest" if scheme.is_weight_only else "dynamic"
         if site is None:
-            return "dynamic: the calibration has no site of this name"
+            return f"{way}: the calibration has no site of this name"
         if site.shape != shape:
-            return f"dynamic: the calibration is of a weight of {_times(site.shape)}, this one has {_times(shape)}"
-        if site.scheme != scheme:
-            return f"dynamic: the calibration is of {site.scheme}, not of {scheme}"
+            return f"{way}: the calibration is of a weight of {_times(site.shape)}, this one has {_times(shape)}"
+        if site.scheme != str(scheme):
+            return f"{way}: the calibration is of {site.scheme}, not of {scheme}"
         if isinstance(site.static, StaticQParams) and float(site.static.steps.amin()) < SMALLEST_STEP:
             return "dynamic: the input was zero in all of the calibration's data"
         if not site.is_accurate:
@@ -89,7 +90,11 @@ class Calibration:
         return site.scheme if site is not None and site.is_explicit else None
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
+        """Write one safetensors file.
+
+        Raises:
+            CalibrationError: it cannot be written; the calibration is still there.
+        """
         about = {"method": self.method, "batches": self.batches, "reparameterize": self.reparameterize}
         write(path, about, Contents(self.sites, self.vectors, self.attention))
 

@@ -21,9 +21,15 @@ States = dict[str, dict[str, dict[str, Tensor]]]  # site → observer → name �
 
 
 class Checkpoint:
-    """The file of one run; ``identity`` is what has to be the same for it to go on: method, options, seed."""
+    """The file of one run; ``identity`` is what has to be the same for it to go on: method, options, seed.
+
+    Raises:
+        CalibrationError: it can be no file; that is said before any data are seen.
+    """
 
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
+        if path.is_dir() or not path.parent.is_dir():
+            raise CalibrationError(f"checkpoint {path}: name a file in a folder that exists")
         self._path, self._identity, self._saved_at = path, dict(identity), time.monotonic()
 
     def load(self) -> tuple[int, States]:
@@ -45,8 +51,9 @@ class Checkpoint:
                 raise ValueError("its contents are not those that were written")
         except (OSError, SafetensorError, ValueError) as error:
             raise CalibrationError(f"checkpoint {self._path} cannot be read: {error}; delete it to start anew") from None
-        wanted = {"schema": SCHEMA, "version": VERSION, "identity": self._identity}
-        if {name: about.get(name) for name in wanted} != wanted:
+        if (about.get("schema"), about.get("version")) != (SCHEMA, VERSION):
+            raise CalibrationError(f"{self._path} is no checkpoint of version {VERSION}; name another file")
+        if about.get("identity") != self._identity:
             raise CalibrationError(
                 f"checkpoint {self._path} is of another run ({about.get('identity')}, not {self._identity}); "
                 "delete it, or name another file"

@@ -37,7 +37,12 @@ class Contents:
 
 
 def write(path: str | Path, about: Mapping[str, Any], contents: Contents) -> None:
-    """Write one file."""
+    """Write one file.
+
+    Raises:
+        CalibrationError: it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -54,7 +59,10 @@ def write(path: str | Path, about: Mapping[str, Any], contents: Contents) -> Non
         "attention": {name: known.about() for name, known in contents.attention.items()},
     }
     text = json.dumps({"schema": SCHEMA, "version": VERSION, **about, **described})
-    save_file(tensors, str(path), {"fxquant": text, "digest": content_digest(text, tensors)})
+    try:
+        save_file(tensors, str(path), {"fxquant": text, "digest": content_digest(text, tensors)})
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"calibration file {path} cannot be written: {error}") from None
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Contents]:
@@ -71,7 +79,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], Contents]:
             about = json.loads(metadata.get("fxquant", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, ValueError) as error:
-        raise CalibrationError(f"calibration file {path} cannot be read: {error}") from None
+        raise CalibrationError(
+            f"calibration file {path} cannot be read: {error}; is it cut off? Copy it again, or calibrate again"
+        ) from None
     if about.get("schema") != SCHEMA or about.get("version") != VERSION:
         raise CalibrationError(f"{path} is no calibration of version {VERSION}; write it again with fxquant.calibrate")
     if metadata.get("digest") != content_digest(metadata["fxquant"], tensors):

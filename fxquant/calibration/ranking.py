@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fxquant.budget import Budget
-from fxquant.calibration.sensitivity import specification
-from fxquant.calibration.study import Study, refuse_no_batches
+from fxquant.calibration.sensitivity import references, specification
+from fxquant.calibration.study import NAMED, Study, refuse_no_batches
 from fxquant.config import FxQuantConfig
 from fxquant.errors import CalibrationError
 from fxquant.reference import quantize_activation
@@ -73,17 +73,18 @@ def rank(model: Callable[..., Any], batches: Iterable[Any], config: FxQuantConfi
     """The ranking of all linears that the options quantize, on the given batches.
 
     Raises:
-        CalibrationError: there is no batch, or nothing would be quantized.
+        CalibrationError: there is no batch, an input or a weight is not finite, or nothing would be quantized.
     """
     refuse_no_batches(batches)
     kept = list(batches)
     if not kept:
         raise CalibrationError("there is no batch to rank errors on")
     study = Study(model, config)
-    wanted = [study(batch) for batch in kept]
+    wanted = references(study, kept)
     schemes = {name: site.scheme for name, site in study.sites.items() if site.scheme is not None}
     if not schemes:
-        raise CalibrationError("no linear would be quantized, so none causes an error")
+        why = f"the options leave {', '.join([*study.sites][:NAMED])} float" if study.sites else study.nothing
+        raise CalibrationError(f"no linear would be quantized, so none causes an error: {why}")
     overrides = {name: specification(study.sites[name], scheme) for name, scheme in schemes.items()}
     flips = _flips(study, kept, schemes, overrides)
     rows = []

@@ -1,6 +1,7 @@
 """fxquant.calibrate: data through the recognised float graph, observers at the inputs of linears."""
 
 from collections.abc import Callable, Iterable, Mapping, Sized
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from fxquant.calibration.recipes.attention import attention_bits, choose_attenti
 from fxquant.calibration.reconstruction.kept import Kept
 from fxquant.calibration.reconstruction.sequence import reconstruct
 from fxquant.calibration.site import SiteCalibration
-from fxquant.calibration.study import LinearSite, Study, refuse_no_batches
+from fxquant.calibration.study import NAMED, LinearSite, Study, refuse_no_batches
 from fxquant.calibration.watching import Watching
 from fxquant.config import override_options
 from fxquant.errors import CalibrationError, ConfigError
+from fxquant.passes.reparam import rotation
+from fxquant.passes.reparam.stream import NO_STREAM
+from fxquant.passes.rule import Refused
 
 DEFAULT_METHOD = "minmax"
 Progress = Callable[[str, int, int | None], None]  # (what, how many are done, of how many)
@@ -43,7 +47,9 @@ def run(
         return _run_budget(Study(model, config), batches, budget, progress)
     identity = {"method": method, "options": config.model_dump_json(), "seed": str(seed)}
     kept_in = None if checkpoint is None else Checkpoint(checkpoint, identity)
-    study = Study(model, config)
+    folds = tuple(dict.fromkeys((*config.folds, *recipe.folds)))
+    prepare = None if recipe.vectors is None else partial(recipe.vectors, seed=seed)
+    study = Study(model, config.model_copy(update={"reparameterize": folds}), prepare)
     batches = batches if recipe.follows is None else list(batches)
     bits = attention_bits(recipe, config)
     watching, count = _observe(study, batches, recipe, seed, bits is not None, kept_in, progress)
@@ -57,8 +63,8 @@ def run(
     if kept_in is not None:
         kept_in.remove()
     if not sites and not attention:
-        raise CalibrationError("no linear that could be quantized ran on these batches")
-    return Calibration(method, count, sites, reparameterize=config.folds, attention=attention)
+        raise CalibrationError(_nothing(study, watching.gathered, method))
+    return Calibration(method, count, sites, reparameterize=folds, vectors=study.vectors, attention=attention)
 
 
 def _run_budget(study: Study, batches: Iterable[Any], budget: Budget, progress: Progress) -> Calibration:
@@ -67,6 +73,19 @@ def _run_budget(study: Study, batches: Iterable[Any], budget: Budget, progress: 
     plan = keep_budget(study, kept, budget, on_probe=lambda done, total: progress("probing linears", done, total))
     sites = {name: _budgeted(study.sites[name], chosen) for name, chosen in plan.schemes.items()}
     return Calibration("budget", len(kept), sites, plan, reparameterize=study.config.folds)
+
+
+def _refuse_unrotated(study: Study, recipe: Recipe) -> None:
+    """Refuse a model of which a recipe that rotates streams can rotate none.
+
+    Raises:
+        CalibrationError: with the first reason.
+    """
+    events = [event for event in study.migrations if event.rule is rotation.RULE]
+    sentences = [event.sentence for event in events if isinstance(event, Refused)]
+    if recipe.vectors is not None and len(sentences) == len(events):
+        reason = sentences[0] if sentences else NO_STREAM
+        raise CalibrationError(f"{recipe.name} can rotate no stream of this model: {reason}; use the method gptq")
 
 
 def _refuse_with_budget(scheme: str, method: str, checkpoint: Path | None) -> None:
@@ -112,6 +131,7 @@ def _observe(
             watching.is_on = count >= seen
             if watching.is_on or not watching.knows_all:
                 _run_batch(study, batch, count + 1)
+                _refuse_unrotated(study, recipe)
             is_whole = False
             watching.take()
             count, is_whole = count + 1, True
@@ -127,6 +147,8 @@ def _observe(
     if count < seen:
         raise CalibrationError(f"the checkpoint has seen {seen} batches, and there are {count}; give it the batches of before")
     watching.complete()
+    if checkpoint is not None and count > seen and not watching.is_empty:
+        checkpoint.save(count, watching.states())  # searches follow, which may be stopped or fail
     return watching, count
 
 
@@ -152,6 +174,21 @@ def _code(gathered: Mapping[str, Gathered], recipe: Recipe, progress: Progress) 
             sites[name] = known
         progress("coding sites", done, len(gathered))
     return sites
+
+
+def _nothing(study: Study, gathered: Mapping[str, Gathered], method: str) -> str:
+    """Why no site was coded."""
+    for name, seen in gathered.items():
+        return (
+            f"{name}: method {method!r} has nothing to fix where {seen.scheme} leaves activations float; "
+            "take one that rounds weights, such as gptq, or leave the calibration out"
+        )
+    if not study.sites:
+        return study.nothing
+    for name, site in study.sites.items():
+        if site.scheme is not None:
+            return f"{name}: the codes of {site.scheme} follow from what is coded, with no calibration; leave it out"
+    return f"no linear is to be quantized: the options leave {', '.join([*study.sites][:NAMED])} float"
 
 
 def _budgeted(site: LinearSite, scheme: str) -> SiteCalibration:

@@ -24,6 +24,7 @@ class Seen:
     ``hessian`` float64 [K, K]: (2 / n) XᵀX, the second derivative of the mean squared output error of one row of weights.
     ``cross`` float64 [K, K]: (2 / n) (F - X)ᵀ X, rows indexed by the channel of F - X (GPTAQ).
     ``missing`` float64 [K, N]: (2 / n) Xᵀ (Y - X Wᵀ), Y [n, N] the output that is wanted of the weight W (``refitted``).
+    ``ridge``: how far making up for ``missing`` is held back, in medians of the hessian's diagonal (``refitted``).
     ``absmax``, ``mean_square``, ``mean_abs`` float32 [K] and ``mean`` float64 [K]: of each channel of X.
     ``rows`` float32 [R, K]: some rows of X, and ``float_rows`` [R, K]: the same rows of F where they differ.
     """
@@ -32,6 +33,7 @@ class Seen:
     hessian: Tensor | None = None
     cross: Tensor | None = None
     missing: Tensor | None = None
+    ridge: float | None = None
     absmax: Tensor | None = None
     mean: Tensor | None = None
     mean_square: Tensor | None = None
@@ -63,6 +65,7 @@ class Seen:
             hessian=by(self.hessian, square),
             cross=by(self.cross, square),
             missing=by(self.missing, wide[:, None]),
+            ridge=self.ridge,
             absmax=by(self.absmax, wide),
             mean=by(self.mean, wide),
             mean_square=by(self.mean_square, wide.square()),

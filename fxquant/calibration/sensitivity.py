@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fxquant import reference
+from fxquant.calibration.observers import refuse_not_finite
 from fxquant.calibration.study import Linear, LinearSite, Prefix, Study
-from fxquant.errors import PackError
 from fxquant.format_schemes import FormatScheme
 from fxquant.lowering.isa import current_isa
 from fxquant.lowering.pack import round_weight
@@ -96,15 +96,10 @@ def measure(
 def local_noises(study: Study, batches: Sequence[Any], schemes: Sequence[LinearScheme]) -> dict[str, dict[str, float]]:
     """First site of a unit → scheme → noise over signal at the unit's outputs, summed over its linears.
 
-    Empty for a unit with a weight that cannot be packed.
+    Empty for a unit that no row reaches.
     """
     first = {site.name: unit[0].name for unit in units(study) for site in unit}
-    ways: dict[str, dict[str, Linear]] = {}
-    for name in first:
-        try:
-            ways[name] = {str(scheme): specification(study.sites[name], scheme) for scheme in schemes}
-        except PackError:
-            ways[name] = {}
+    ways = {name: {str(scheme): specification(study.sites[name], scheme) for scheme in schemes} for name in first}
     found: dict[str, dict[str, float]] = {name: {} for name in first.values()}
 
     def watch(name: str, x: Tensor) -> None:
@@ -122,8 +117,7 @@ def local_noises(study: Study, batches: Sequence[Any], schemes: Sequence[LinearS
     for batch in batches:
         study(batch)
     study.watch = None
-    broken = {first[name] for name, known in ways.items() if not known}
-    return {name: {} if name in broken else sums for name, sums in found.items()}
+    return found
 
 
 def predicted(noise: float, fine: tuple[float, float], coarse: tuple[float, float]) -> float:
@@ -138,8 +132,30 @@ def predicted(noise: float, fine: tuple[float, float], coarse: tuple[float, floa
     return float(near[1] * (noise / near[0]) ** slope)
 
 
+def references(study: Study, batches: Sequence[Any]) -> list[Any]:
+    """The float outputs.
+
+    Raises:
+        CalibrationError: an input or a weight of a linear is not finite.
+    """
+
+    def watch(name: str, x: Tensor) -> None:
+        refuse_not_finite(name, x)
+        study.sites[name].refuse_not_finite()
+
+    study.watch = watch
+    try:
+        return [study(batch) for batch in batches]
+    finally:
+        study.watch = None
+
+
 def specification(site: LinearSite, scheme: LinearScheme) -> Linear:
-    """What a linear computes in a scheme, with dynamic activations."""
+    """What a linear computes in a scheme, with dynamic activations.
+
+    Raises:
+        PackError: its weight cannot be rounded.
+    """
     value = round_weight(site.weight, scheme).value
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

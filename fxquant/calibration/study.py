@@ -14,23 +14,28 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backend import analyse
-from fxquant.binding import frozen_value
+from fxquant.binding import Binder, Program, frozen_value
 from fxquant.calibration.attention import attention_path
+from fxquant.calibration.files import Vectors
 from fxquant.capture import compiled_call
 from fxquant.config import FxQuantConfig
 from fxquant.errors import CalibrationError
 from fxquant.linear_choice import rows_hint
 from fxquant.lowering.isa import current_isa
 from fxquant.passes.fuse import attention
+from fxquant.passes.fuse.folded import bind_folded
 from fxquant.passes.fuse.row_nodes import is_alias
 from fxquant.passes.quantize.linear import conditions
-from fxquant.passes.reparam import vector_inputs
+from fxquant.passes.reparam import reparameterize
+from fxquant.passes.rule import Event
 from fxquant.plan import origin, resolve_scheme, setting_for
 from fxquant.reporting.dump import Dumper
 from fxquant.schemes import LinearScheme
 from fxquant.sites import find_sites, kind_of
 from fxquant.tracker import CompiledGraph
 
+NAMED = 3  # refused linears, at most, in a sentence
+_PLACE = "\n\nWhile executing"  # from here on fx.Interpreter says which node it was
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) → y
 
 
@@ -56,6 +61,16 @@ class LinearSite:
         """(N, K)."""
         return int(self.weight.shape[0]), int(self.weight.shape[1])
 
+    def refuse_not_finite(self) -> None:
+        """Refuse a weight with NaN or infinity: what follows it would be blamed on the data.
+
+        Raises:
+            CalibrationError: naming the site.
+        """
+        bad = int((~torch.isfinite(self.weight)).sum())
+        if bad:
+            raise CalibrationError(f"{self.name}: the weight holds {bad} values that are not finite")
+
 
 @dataclass
 class Prefix:
@@ -70,12 +85,24 @@ class Prefix:
 
 
 class Study:
-    """``study(batch)`` runs the model on a batch; ``sites`` fills at the first one."""
+    """``study(batch)`` runs the model on a batch; ``sites`` fills at the first one.
 
-    def __init__(self, model: Callable[..., Any], config: FxQuantConfig) -> None:
-        self.config = config
+    ``prepare`` gives the vectors of migrations that each graph, after the folds of the options, goes through before anything
+    is watched; ``vectors`` collects them, ``migrations`` what the rules did.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        config: FxQuantConfig,
+        prepare: Callable[[fx.GraphModule], Vectors] | None = None,
+    ) -> None:
+        self.config, self._prepare = config, prepare
+        self.vectors: dict[str, dict[str, Mapping[str, Tensor]]] = {}
+        self.migrations: list[Event] = []
         self._call = compiled_call(model, self._backend)
         self.sites: dict[str, LinearSite] = {}
+        self.refused: dict[str, str] = {}  # linear → the sentence why it cannot be quantized
         self.watch: Callable[[str, Tensor], None] | None = None
         self.watch_attention: Callable[[str, Mapping[str, Any]], None] | None = None
         self.overrides: Mapping[str, Linear] = {}
@@ -85,8 +112,11 @@ class Study:
 
     def __call__(self, batch: Any) -> Any:
         """The model's output for a tensor, a tuple (positional arguments) or a mapping (keyword arguments)."""
-        with torch.no_grad():
-            return self._call(*arguments(batch))
+        try:
+            with torch.no_grad():
+                return self._call(*arguments(batch))
+        except CalibrationError as error:  # it names its site already
+            raise CalibrationError(str(error).partition(_PLACE)[0]) from None
 
     def resume(self, batch: Any, name: str, prefix: Prefix) -> Any:
         """The same as a call where no linear before ``name`` is computed in another way than when the prefix was made.
@@ -125,9 +155,17 @@ class Study:
         compute = self.overrides.get(name)
         return torch.nn.functional.linear(x, weight, bias) if compute is None else compute(x, weight, bias)
 
+    @property
+    def nothing(self) -> str:
+        """The sentence for a study that has met no linear that could be quantized."""
+        reasons = "; ".join(f"{name}: {sentence}" for name, sentence in list(self.refused.items())[:NAMED])
+        return f"no linear that could be quantized ran on these batches{': ' if reasons else ''}{reasons}"
+
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = CompiledGraph(gm, example_inputs, self.config, current_isa())
         captured = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
+        if self._prepare is not None:
+            self._migrate(captured.gm, self._prepare(captured.gm))
         names: dict[fx.Node, str] = {}
         attentions: dict[fx.Node, str] = {}
         for node, (site, *_) in find_sites(captured.gm.graph).items():
@@ -136,7 +174,10 @@ class Study:
             x, weight = (*node.args, None)[:2]
             if site.kind != "linear" or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
                 continue
-            if all(holds for _, holds in conditions(x, weight)):
+            refusal = next((sentence for sentence, holds in conditions(x, weight) if not holds), None)
+            if refusal is not None:
+                self.refused[site.name] = refusal
+            else:
                 setting = setting_for(site, self.config)
                 scheme = resolve_scheme(setting, current_isa(), x)
                 names[node] = site.name
@@ -149,14 +190,23 @@ class Study:
                     f"{graph.record.name} {_unviewed(x).name}",
                     kind_of(origin(x)),
                 )
-        vectors, studied = vector_inputs(captured.gm.graph), Studied(captured.gm, names, attentions, self)
+        folded, kept = bind_folded(captured.gm, captured.fake_mode, tuple(range(len(example_inputs))))
+        studied = Studied(captured.gm, names, attentions, self)
 
         def run(*values: Any) -> Any:
             if self._recorded is not None:
-                self._recorded.append((studied, (*vectors, *values)))
-            return studied.run(*vectors, *values)
+                self._recorded.append((studied, values))
+            return studied.run(*values)
 
-        return run
+        program = Program(run, folded, kept)
+        binder = Binder(program, lambda reasons: program, lambda packed, weights: None)
+        return lambda *values: binder(values)
+
+    def _migrate(self, gm: fx.GraphModule, vectors: Vectors) -> None:
+        sites = {site.name: node for node, found in find_sites(gm.graph).items() for site in found}
+        self.migrations += reparameterize(gm, sites, vectors)
+        for rule, by_site in vectors.items():
+            self.vectors.setdefault(rule, {}).update(by_site)
 
 
 class Studied(fx.Interpreter):

@@ -90,6 +90,7 @@ class Watching:
 
     def _at(self, name: str) -> Gathered:
         if name not in self.gathered:
+            self._study.sites[name].refuse_not_finite()
             more = {key: OBSERVERS[key](name, self._seed) for key in self._recipe.observes}
             self.gathered[name] = Gathered(self._study.sites[name], InputExtents(name), more)
             if name in self._states:

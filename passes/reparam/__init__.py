@@ -32,6 +32,7 @@ from fxquant.passes.reparam import (
     rotation,
     smooth,
     spectral_norm,
+    value_rotation,
     value_scale,
 )
 from fxquant.passes.reparam.stream import rotate_streams
@@ -54,6 +55,7 @@ MIGRATIONS: tuple[Rule, ...] = (
     smooth.RULE,
     value_scale.RULE,
     rotary_scale.RULE,
+    value_rotation.RULE,
     rotation.RULE,
 )
 ON_REQUEST: tuple[Rule, ...] = (low_rank.RULE, query_key_product.RULE, half_octaves.RULE)

@@ -3,6 +3,10 @@
 QuaRot and SpinQuant rotate the whole residual stream: what writes it is rotated, a norm without γ commutes with rotations, and
 what reads it turns back. Outliers of single channels spread over all. LayerNorm becomes RMSNorm first: its mean is taken
 off by those who write the stream.
+
+The matrix that is handed over needs orthogonal columns of any length: R is it with the lengths divided out. New weights are
+computed in float64 and rounded once. Of a matrix of whole numbers, such as Hadamard's, the sums are exact but for weights
+2^19 times smaller than others of their row: then a rotated weight has the same bits on every machine.
 """
 
 from collections.abc import Iterator
@@ -18,7 +22,7 @@ from fxquant.passes.rule import ALGEBRA, REAL, Rule, Samples, Sizes
 
 _WEIGHTS = ("weight", "bias", "other_weight", "other_bias", "read_weight", "read_bias")
 SQUARE = "R must be a square matrix of the stream's width, in the dtype of the weights"
-ORTHOGONAL = "R must be orthogonal"
+ORTHOGONAL = "R must have orthogonal columns"
 TOLERANCE = 1e-4
 
 
@@ -39,11 +43,11 @@ def pattern(
 
 
 def is_orthogonal(rotation: Tensor | None) -> bool:
-    """Whether R Rᵀ = 1; a matrix whose values are not known is trusted."""
+    """Whether RᵀR = 1 once every column has length 1; a matrix whose values are not known is trusted."""
     if rotation is None:
         return True
-    wide = rotation.to(torch.float64)
-    return bool(torch.allclose(wide @ wide.t(), torch.eye(wide.shape[0], dtype=torch.float64), atol=TOLERANCE))
+    unit = turn(rotation.to(torch.float64))
+    return bool(torch.allclose(unit.t() @ unit, torch.eye(len(unit), dtype=torch.float64), atol=TOLERANCE))
 
 
 def precondition(m: Match) -> Iterator[tuple[str, bool]]:
@@ -55,24 +59,54 @@ def precondition(m: Match) -> Iterator[tuple[str, bool]]:
     yield ORTHOGONAL, is_orthogonal(m.data("rotation"))
 
 
+def turn(rotation: Tensor) -> Tensor:
+    """R [N, N] itself: the columns of the matrix handed over, each of length 1."""
+    return (_wide(rotation) / _lengths(rotation)).to(rotation.dtype)
+
+
+def turn_back(rotation: Tensor) -> Tensor:
+    """Rᵀ [N, N]."""
+    return turn(rotation).t()
+
+
+def centred_turn(rotation: Tensor) -> Tensor:
+    """``turn`` for values whose mean over the channels is to be taken off too."""
+    wide = _wide(rotation)
+    return ((wide - torch.mean(wide, 0, True)) / _lengths(rotation)).to(rotation.dtype)
+
+
 def rows(weight: Tensor, rotation: Tensor) -> Tensor:
     """The weight [N, K] of a linear that writes the stream."""
-    return torch.matmul(rotation.t(), weight)
+    return (torch.matmul(_wide(rotation).t(), _wide(weight)) / _lengths(rotation).unsqueeze(1)).to(weight.dtype)
 
 
 def columns(weight: Tensor, rotation: Tensor) -> Tensor:
     """The weight [N, K] of a linear that reads it; also a bias [N], an embedding [V, N] or a constant that is added."""
-    return torch.matmul(weight, rotation)
+    return (torch.matmul(_wide(weight), _wide(rotation)) / _lengths(rotation)).to(weight.dtype)
 
 
 def centred_rows(weight: Tensor, rotation: Tensor) -> Tensor:
     """``rows``, with the mean over the stream's channels taken off first."""
-    return rows(weight - torch.mean(weight, 0, True), rotation)
+    wide, by = _wide(weight), _wide(rotation).t()
+    made = torch.matmul(by, wide) - torch.sum(by, 1).unsqueeze(1) * torch.mean(wide, 0, True)
+    return (made / _lengths(rotation).unsqueeze(1)).to(weight.dtype)
 
 
 def centred_columns(weight: Tensor, rotation: Tensor) -> Tensor:
     """``columns``, with the mean over the stream's channels taken off first."""
-    return columns(weight - torch.mean(weight, -1, True), rotation)
+    wide, by = _wide(weight), _wide(rotation)
+    made = torch.matmul(wide, by) - torch.mean(wide, -1, True) * torch.sum(by, 0)
+    return (made / _lengths(rotation)).to(weight.dtype)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.float64)
+
+
+def _lengths(rotation: Tensor) -> Tensor:
+    """The length of each column, float64 [N]."""
+    wide = _wide(rotation)
+    return torch.sqrt(torch.sum(wide * wide, 0))
 
 
 def rewrite(

@@ -1,6 +1,8 @@
 """The residual stream of a graph: every value that adds join, with all that writes it and all that reads it.
 
-The rule ``rotation`` says what is done to each writer and reader; here stands for which graphs all of them are known.
+The rule ``rotation`` says what is done to each writer and reader; here stands for which graphs all of them are known. What
+cannot take up R stays as it is, and the stream is turned at run time beside it: x R behind a writer (an embedding whose weight
+the head shares, a convolution), x Rᵀ before a reader (the norm of a tied head), as long as that costs little.
 """
 
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant._compat import ENTER_AUTOCAST, maybe_fake_mode
 from fxquant.errors import RuleError
 from fxquant.passes.channels import carried, have_one_width, is_not_last, operator_name
 from fxquant.passes.reparam.legality import UNTIED
@@ -19,39 +22,66 @@ from fxquant.passes.reparam.rotation import (
     SQUARE,
     centred_columns,
     centred_rows,
+    centred_turn,
     columns,
     is_orthogonal,
     rows,
+    turn,
+    turn_back,
 )
 from fxquant.passes.reweight import Place, set_argument, write_value
 from fxquant.passes.rule import Event, Fired, Refused
 
 aten = torch.ops.aten
 NORMS = {aten.layer_norm.default: ("weight", "bias"), aten.rms_norm.default: ("weight",)}
+NO_STREAM = "no norm reads a stream here"
 AFFINE = "a norm on the stream has γ or β: fold them into the linears first (norm_affine)"
+MATRIX = "a norm on the stream must span its channels alone"
 READER = "the norm of a stream must be read by linears alone, and {} reads it"
 WRITER = "the stream must be made of linears, embeddings and constants, and {} writes it"
 USER = "the stream must be read by norms alone, and {} reads it"
+MEANS = "a LayerNorm's stream has its mean taken off, and {} needs it"
 FLOAT32 = "the stream must be float32 or float64 everywhere: in half precision a fold would round the weights once more"
+IN_PLACE = "an in-place operator runs in this graph, so no value of it may be turned at run time"
+COSTLY = "; turning the stream there at run time would cost too much beside its linears"
+MOST_TURNS = 1 / 16  # of the multiplications of the stream's linears may be spent on turning it at run time
 
 
 @dataclass
 class Stream:
-    """What was found from one norm; ``blocked`` is the sentence why it must not be rotated, or None."""
+    """What was found from one norm: ``norms`` and ``readers`` take up R, as ``writers`` and ``constants`` do.
+
+    ``enters`` are values that are turned at run time, ``leaves`` (value, reader) what reads a value as it was; each with the
+    sentence why. ``around`` are all norms with what reads them.
+    """
 
     values: set[fx.Node] = field(default_factory=set)
     writers: set[fx.Node] = field(default_factory=set)
     constants: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)  # (reader, constant)
     norms: set[fx.Node] = field(default_factory=set)
     readers: set[fx.Node] = field(default_factory=set)
-    blocked: str | None = None
+    enters: dict[fx.Node, str] = field(default_factory=dict)
+    leaves: dict[tuple[fx.Node, fx.Node], str] = field(default_factory=dict)
+    around: set[fx.Node] = field(default_factory=set)
 
     @property
-    def nodes(self) -> set[fx.Node]:
-        return self.values | self.norms | self.readers
+    def has_means(self) -> bool:
+        """Whether a LayerNorm reads it, for which its mean is taken off."""
+        return any(norm.target is aten.layer_norm.default for norm in self.norms)
 
-    def block(self, sentence: str, node: fx.Node) -> None:
-        self.blocked = self.blocked or sentence.format(operator_name(node))
+    @property
+    def returned(self) -> dict[fx.Node, list[fx.Node]]:
+        """Value → who reads it turned back; a value that enters is still there as it was."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for value, reader in self.leaves:
+            if value not in self.enters:
+                found.setdefault(value, []).append(reader)
+        return found
+
+    @property
+    def width(self) -> Any:
+        """The number of channels."""
+        return next(iter(self.values)).meta["val"].shape[-1]
 
 
 def rotate_streams(gm: fx.GraphModule) -> list[Event]:
@@ -61,8 +91,8 @@ def rotate_streams(gm: fx.GraphModule) -> list[Event]:
         given = node.meta.get("fxquant_vectors", {}).pop(RULE.name, None)
         if given is None:
             continue
-        stream = next((s for s in find_streams(gm.graph) if node in s.nodes), None)
-        sentence = "no norm reads a stream at this site" if stream is None else _refusal(stream, given["rotation"])
+        stream = next((s for s in find_streams(gm.graph) if node in s.values | s.around), None)
+        sentence = NO_STREAM if stream is None else refusal(stream) or _misfit(stream, given["rotation"])
         if stream is None or sentence is not None:
             events.append(Refused(RULE, node.name, str(sentence)))
             continue
@@ -77,7 +107,8 @@ def find_streams(graph: fx.Graph) -> list[Stream]:
     """Every residual stream that a norm reads."""
     streams: list[Stream] = []
     for node in graph.nodes:
-        if node.target in NORMS and not any(node in stream.norms for stream in streams):
+        is_known = any(node.args[0] in stream.values for stream in streams) if node.target in NORMS else True
+        if not is_known and "val" in node.meta:
             streams.append(_explore(node.args[0]))
     return streams
 
@@ -94,16 +125,15 @@ def _explore(start: Any) -> Stream:
 
 def _written_by(node: fx.Node, stream: Stream) -> list[fx.Node]:
     """Further values of the stream that a value is made of; a writer or a constant is noted."""
-    name = operator_name(node)
     sources = _carried(node)
     if sources is not None:
         stream.constants |= {(node, source) for source in sources if _is_frozen(source)}
         return [source for source in sources if not _is_frozen(source)]
-    weight = node.args[{"linear": 1, "embedding": 0}[name]] if name in ("linear", "embedding") else None
-    if isinstance(weight, fx.Node) and _is_frozen(weight):
+    sentence = _unfit(node, WRITER, ("linear", "embedding"))
+    if sentence is None:
         stream.writers.add(node)
     else:
-        stream.block(WRITER, node)
+        stream.enters[node] = sentence
     return []
 
 
@@ -114,22 +144,33 @@ def _read_by(node: fx.Node, stream: Stream) -> list[fx.Node]:
         if _carried(user) is not None:
             found.append(user)
         elif user.target in NORMS and user.args[0] is node:
-            stream.norms.add(user)
-            _note_readers(user, stream)
+            _note_norm(user, stream)
         else:
-            stream.block(USER, user)
+            stream.leaves[node, user] = USER.format(operator_name(user))
     return found
 
 
-def _note_readers(node: fx.Node, stream: Stream) -> None:
-    for user in node.users:
-        sources = _carried(user)
-        if operator_name(user) == "linear" and user.args[0] is node and _is_frozen(user.args[1]):
-            stream.readers.add(user)
-        elif sources == [node]:
-            _note_readers(user, stream)
-        else:
-            stream.block(READER, user)
+def _note_norm(norm: fx.Node, stream: Stream) -> None:
+    readers, pending, sentences = set[fx.Node](), [norm], list[str]()
+    while pending:
+        value = pending.pop()
+        stream.around |= {value, *value.users}
+        for user in value.users:
+            if _carried(user) == [value]:
+                pending.append(user)
+            elif (sentence := _unfit(user, READER, ("linear",) if user.args[0] is value else ())) is None:
+                readers.add(user)
+            else:
+                sentences.append(sentence)
+    if any(_argument(norm, name) is not None for name in NORMS[norm.target]):  # type: ignore[index]
+        sentences.append(AFFINE)
+    if len(norm.args[1]) != 1:  # type: ignore[arg-type]
+        sentences.append(MATRIX)
+    if sentences:
+        stream.leaves[norm.all_input_nodes[0], norm] = sentences[0]
+    else:
+        stream.norms.add(norm)
+        stream.readers |= readers
 
 
 def _carried(node: fx.Node) -> list[fx.Node] | None:
@@ -147,36 +188,50 @@ def _carried(node: fx.Node) -> list[fx.Node] | None:
     return None if source is None else [source]
 
 
-def _refusal(stream: Stream, rotation: fx.Node) -> str | None:
-    """Why a stream must not be rotated, or None."""
-    if stream.blocked is not None:
-        return stream.blocked
-    if any(_argument(norm, name) is not None for norm in stream.norms for name in NORMS[norm.target]):  # type: ignore[index]
-        return AFFINE
-    value = next(iter(stream.norms)).args[0].meta["val"]  # type: ignore[union-attr]
-    matrix, width = rotation.meta["val"], value.shape[-1]
-    weights = [weight for node in (*stream.writers, *stream.readers) for weight in _weights(node)]
-    dtypes = {weight.meta["val"].dtype for weight in weights} | {node.meta["val"].dtype for node in stream.nodes}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
+def _unfit(node: fx.Node, sentence: str, operators: tuple[str, ...]) -> str | None:
+    """Why the weights of a writer or reader cannot take up R, or None."""
+    weights = _weights(node) if operator_name(node) in operators else []
+    if not weights or not all(map(_is_frozen, weights)):
+        return sentence.format(operator_name(node))
+    return UNTIED if any(len(weight.users) > 1 for weight in weights) else None
+
+
+def refusal(stream: Stream) -> str | None:
+    """Why a stream must not be rotated by whatever matrix, or None."""
+    graph = next(iter(stream.values)).graph
+    weights = {node: _weights(node) for node in (*stream.writers, *stream.readers)}
+    read = [*stream.values, *stream.norms, *stream.readers, *(weight for held in weights.values() for weight in held)]
+    is_cast = any(node.args[2] for node in graph.find_nodes(op="call_function", target=ENTER_AUTOCAST))
+    if is_cast or {node.meta["val"].dtype for node in read} not in ({torch.float32}, {torch.float64}):
         return FLOAT32
-    if tuple(map(str, matrix.shape)) != (str(width), str(width)) or matrix.dtype not in dtypes:
+    sentences = [*stream.leaves.values(), *stream.enters.values()]
+    turns = (len(stream.enters) + len(stream.returned)) * stream.width**2
+    linears = sum(held[0].meta["val"].numel() for node, held in weights.items() if operator_name(node) == "linear")
+    if sentences and turns > MOST_TURNS * linears:
+        return sentences[0] + COSTLY
+    if sentences and any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.nodes):
+        return IN_PLACE
+    needing = [*stream.norms, *(reader for found in stream.returned.values() for reader in found)]
+    others = [node for node in needing if node.target is not aten.layer_norm.default]
+    return MEANS.format(operator_name(others[0])) if stream.has_means and others else None
+
+
+def _misfit(stream: Stream, rotation: fx.Node) -> str | None:
+    """Why a matrix does not fit a stream, or None."""
+    matrix, value = rotation.meta["val"], next(iter(stream.values)).meta["val"]
+    if tuple(map(str, matrix.shape)) != (str(stream.width),) * 2 or matrix.dtype != value.dtype:
         return SQUARE
-    if not is_orthogonal(rotation.meta.get("fxquant_value")):
-        return ORTHOGONAL
-    inside = stream.nodes
-    return UNTIED if any(user not in inside for weight in weights for user in weight.users) or _overlap(stream) else None
-
-
-def _overlap(stream: Stream) -> bool:
-    """Whether two operators of the stream read one weight: a tied embedding, a layer that is run twice."""
-    nodes = [*stream.writers, *stream.readers]
-    weights = [weight for node in nodes for weight in _weights(node)]
-    return len(set(weights)) != len(weights) or not stream.readers.isdisjoint(stream.writers)
+    return None if is_orthogonal(rotation.meta.get("fxquant_value")) else ORTHOGONAL
 
 
 def _rotate(stream: Stream, rotation: fx.Node) -> None:
-    has_means = any(norm.target is aten.layer_norm.default for norm in stream.norms)
-    by_row, by_column = (centred_rows, centred_columns) if has_means else (rows, columns)
+    centred = stream.has_means
+    by_row, by_column = (centred_rows, centred_columns) if centred else (rows, columns)
+    for value in stream.enters:
+        inside = [user for user in value.users if (value, user) not in stream.leaves]
+        _turn(value, centred_turn if centred else turn, rotation, inside)
+    for value, outside in stream.returned.items():
+        _turn(value, turn_back, rotation, outside)
     for node in stream.writers:
         is_linear = operator_name(node) == "linear"
         _change(node, "weight", rotation, by_row if is_linear else by_column)
@@ -189,6 +244,20 @@ def _rotate(stream: Stream, rotation: fx.Node) -> None:
     for norm in stream.norms:
         if norm.target is aten.layer_norm.default:
             _without_mean(norm)
+
+
+def _turn(value: fx.Node, function: Callable[[Tensor], Tensor], rotation: fx.Node, readers: list[fx.Node]) -> None:
+    """Give readers a value turned at run time."""
+    first = min(readers)
+    matrix = write_value(function, (rotation,), first, RULE.name)
+    with value.graph.inserting_before(first):
+        turned = value.graph.call_function(aten.matmul.default, (value, matrix))
+    turned.meta = {key: held for key, held in value.meta.items() if key != "fxquant_vectors"}
+    with maybe_fake_mode([value.meta["val"]]):
+        turned.meta["val"] = torch.empty_like(value.meta["val"], memory_format=torch.contiguous_format)
+    turned.meta["fxquant"] = {"rule": RULE.name}
+    for reader in readers:
+        reader.replace_input_with(value, turned)
 
 
 def _without_mean(norm: fx.Node) -> None:
@@ -205,6 +274,7 @@ def _change(node: fx.Node, argument: str, rotation: fx.Node, function: Callable[
 
 
 def _weights(node: fx.Node) -> list[fx.Node]:
+    """The weight, and the bias where there is one."""
     found = [_argument(node, name) for name in ("weight", "bias")]
     return [weight for weight in found if isinstance(weight, fx.Node)]
 

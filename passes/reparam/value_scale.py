@@ -26,8 +26,8 @@ from fxquant.passes.reparam.legality import (
 )
 from fxquant.passes.rule import ALGEBRA, REAL, Rule, Samples, Sizes
 
-_WEIGHTS = ("weight", "bias", "out_weight", "out_bias")
-_GROUPS = "the output linear must read every value feature equally often, and the head size must be known"
+WEIGHTS = ("weight", "bias", "out_weight", "out_bias")
+GROUPS = "the output linear must read every value feature equally often, and the head size must be known"
 
 
 def pattern(
@@ -71,12 +71,17 @@ def repeated(
     return merge(attend(q, many_k, v, mask, dropout, causal, scale, False), merged, out_weight, out_bias)
 
 
-def precondition(m: Match) -> Iterator[tuple[str, bool]]:
-    yield FROZEN, are_frozen(m, *_WEIGHTS)
-    yield FULL, are_full(m, "x", *_WEIGHTS)
-    yield UNTIED, are_untied(m, *_WEIGHTS)
+def legal(m: Match) -> Iterator[tuple[str, bool]]:
+    """The conditions of everything that passes from the value rows to the output columns."""
+    yield FROZEN, are_frozen(m, *WEIGHTS)
+    yield FULL, are_full(m, "x", *WEIGHTS)
+    yield UNTIED, are_untied(m, *WEIGHTS)
     is_split = isinstance(m.split[-1], int) and m.split[-1] > 0
-    yield _GROUPS, is_split and group_count(m.out_weight.shape[1], m.weight.shape[0]) is not None
+    yield GROUPS, is_split and group_count(m.out_weight.shape[1], m.weight.shape[0]) is not None
+
+
+def precondition(m: Match) -> Iterator[tuple[str, bool]]:
+    yield from legal(m)
     yield VECTOR, has_size(m.factor, m.weight.shape[0]) and m.factor.dtype == m.weight.dtype
     yield POSITIVE, are_positive([m.data("factor")])
 
@@ -92,48 +97,49 @@ def rewrite(
     return changed if bias is None else changed | {"bias": bias / factor}
 
 
+SHAPES = {
+    "q": "one g*h n d",
+    "k": "one h m d",
+    "many_k": "one g*h m d",
+    "x": "one m k",
+    "weight": "h*d k",
+    "bias": "h*d",
+    "out_weight": "e g*h*d",
+    "out_bias": "e",
+}
+VALUES = {
+    "mask": None,
+    "dropout": 0.0,
+    "causal": False,
+    "scale": 0.35,
+    "grouped": True,
+    "split": Sizes("one m h d"),
+    "wide": Sizes("one h g m d"),
+    "narrow": Sizes("one g*h m d"),
+    "merged": Sizes("one n g*h*d"),
+}
+NEAR_MISSES: dict[str, dict[str, Any]] = {  # of ``legal``
+    FROZEN: {"out_weight": "e g*h*d"},
+    FULL: dict.fromkeys(("q", "k", "x", "weight", "bias", "out_weight", "out_bias"), torch.bfloat16),
+    UNTIED: {"out_weight": "tied"},
+    GROUPS: {"out_weight": "frozen e m*d", "split": [1, 5, 2, 4], "merged": [1, 2, 20], "q": "one g n d"},
+}
+
 RULE = Rule(
     pattern,
     precondition,
     rewrite,
-    shapes={
-        "q": "one g*h n d",
-        "k": "one h m d",
-        "many_k": "one g*h m d",
-        "x": "one m k",
-        "weight": "h*d k",
-        "bias": "h*d",
-        "out_weight": "e g*h*d",
-        "out_bias": "e",
-        "factor": "h*d",
-    },
+    shapes={**SHAPES, "factor": "h*d"},
     error_class=REAL,
     proof=ALGEBRA,
     near_misses={
-        FROZEN: {"out_weight": "e g*h*d"},
-        FULL: dict.fromkeys(("q", "k", "x", "weight", "bias", "out_weight", "out_bias"), torch.bfloat16),
-        UNTIED: {"out_weight": "tied"},
-        _GROUPS: {"out_weight": "frozen e m*d", "split": [1, 5, 2, 4], "merged": [1, 2, 20], "q": "one g n d"},
+        **NEAR_MISSES,
         VECTOR: {"factor": "h"},
         POSITIVE: {"factor": torch.zeros(8)},
     },
     spellings=(repeated,),
-    samples=Samples(
-        {
-            "mask": None,
-            "dropout": 0.0,
-            "causal": False,
-            "scale": 0.35,
-            "grouped": True,
-            "split": Sizes("one m h d"),
-            "wide": Sizes("one h g m d"),
-            "narrow": Sizes("one g*h m d"),
-            "merged": Sizes("one n g*h*d"),
-            "factor": "positive",
-        },
-        scale=(0.1, 1.0),
-    ),
-    frozen=_WEIGHTS,
+    samples=Samples({**VALUES, "factor": "positive"}, scale=(0.1, 1.0)),
+    frozen=WEIGHTS,
     reweights=True,
     vectors=("factor",),
 )

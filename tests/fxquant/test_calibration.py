@@ -80,7 +80,7 @@ def test_a_value_that_is_not_finite_names_its_site() -> None:
     [
         ([], {}, "there is no batch"),
         ([torch.zeros(1, 8)], {"method": "magic"}, "unknown method 'magic'; known: minmax"),
-        ([torch.zeros(1, 8)], {"scheme": "float"}, "no linear that could be quantized ran"),
+        ([torch.zeros(1, 8)], {"scheme": "float"}, "the options leave :linear float"),
         ([torch.zeros(0, 8)], {}, "no linear that could be quantized ran"),
     ],
 )

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import fxquant
 from fxquant.calibration.calibration import Calibration
+from fxquant.calibration.study import Study
 from fxquant.config import FxQuantConfig
 from fxquant.errors import CalibrationError, ConfigError
 from fxquant.passes.joint import RESIDUAL
@@ -146,6 +147,22 @@ def test_layers_that_share_a_graph_keep_their_own_weights() -> None:
 
 
 @torch.no_grad()
+def test_calibration_runs_layers_that_share_a_graph_with_their_own_weights() -> None:
+    layers, x = [norm_linear() for _ in range(3)], data()
+
+    def model(x: Tensor) -> Tensor:
+        out = torch.zeros(())
+        for layer in layers:
+            out = out + layer(x).square().sum()
+            torch._dynamo.graph_break()
+        return out
+
+    study = Study(model, FxQuantConfig(scheme="w8a8", reparameterize=("norm_affine",)))
+    for _ in range(2):
+        assert error(study(x), model(x)) < TOLERANCE
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("codegen", ["ops", "inductor"])
 def test_a_weight_that_cannot_be_packed_any_more_is_folded_in_float(codegen: str) -> None:
     model, x = norm_linear(), data()
@@ -260,3 +277,14 @@ def test_names_are_checked() -> None:
         FxQuantConfig(reparameterize=["smooth"])
     with pytest.raises(ConfigError, match="option 'reparameterize'"):
         FxQuantConfig(reparameterize="norm_affine")
+
+
+@torch.no_grad()
+def test_a_calibration_of_vectors_alone_belongs_to_the_model_that_has_their_sites() -> None:
+    model, x, factor = Block(), data(), torch.rand(WIDTH) + 0.5
+    vectors = {"smooth": {f"{name}:linear": {"factor": factor} for name in "qkv"}}
+    fast = compiled(model, W8A8, calibration=Calibration("by hand", 1, {}, vectors=vectors))
+    assert error(fast(x), model(x)) < QUANTIZED
+    assert rewrites(fxquant.report(fast)) == {"smooth": [None] * 3}
+    with pytest.raises(Exception, match="a calibration of another model: it knows 'q:linear', 'k:linear', 'v:linear'"):
+        compiled(norm_linear(), W8A8, calibration=Calibration("by hand", 1, {}, vectors=vectors))(x)

@@ -250,7 +250,10 @@ def test_one_site_that_does_not_fit_stays_dynamic_and_says_why(change: Any, sent
 def test_a_scheme_without_static_kernels_says_so() -> None:
     linear, x = nn.Linear(64, 48), data(width=64)
     calibration = calibrated(linear, x)
-    for scheme, reason in (("w4a8-g32", "dynamic: w4a8-g32 has no kernel with static activations"), ("w4a16", None)):
+    for scheme, reason in (
+        ("w4a8-g32", "dynamic: w4a8-g32 has no kernel with static activations"),
+        ("w4a16", "to the nearest: the calibration is of w8a7, not of w4a16"),
+    ):
         (row,) = fxquant.explain(linear, x, options={"scheme": scheme, "calibration": calibration}).sites
         assert (row.scheme, row.reason) == (scheme, reason)
 

@@ -81,6 +81,18 @@ def test_segments_are_as_long_as_the_weights_allow() -> None:
     assert [length for length, _ in schedule(packed, 16, 400, Scheme(4, 4))[0]] == [100]  # one for the whole row
 
 
+@pytest.mark.parametrize("scheme", SCHEDULED, ids=str)
+@pytest.mark.parametrize("signs", [(1, 1, 1, 1), (1, -1, 1, -1)])
+def test_the_depth_that_is_safe_for_any_weight(scheme: Scheme, signs: tuple[int, ...]) -> None:
+    """linear-layers 21.4: D products of these sizes fit an int16 lane from zero on; a centred lane has twice the room."""
+    codes, weights = (1 << scheme.act_bits) - 1, (1 << (scheme.weight_bits - 1)) - 1
+    depth = 32767 // (codes * weights)
+    k = 4 * 700
+    packed = pack_linear(torch.tensor(signs).repeat(16, k // 4).to(torch.float32), scheme)
+    lengths = [length for length, _ in schedule(packed, 16, k, scheme)[0]]
+    assert min(lengths[:-1], default=k // 4) in (depth, depth + 1)
+
+
 def test_the_size_depends_on_the_shape_and_the_scheme_only() -> None:
     for scheme in PANEL_SCHEMES.values():
         sizes = {

@@ -7,7 +7,6 @@
 | awq | factor from mean magnitudes, exponent searched | mean_abs, hessian |
 | power | factor from the input alone: a power, or a / log2(2 + a) | absmax |
 | fireq | factors from the weight alone, scales that commute with rotary embeddings | weights, keys |
-| repquant | clipped ranges a channel, upper and lower learned | low and high, rows |
 | hadamard, quarot | orthogonal matrices, rotated weights of a decoder | a seed |
 | lord | two thin linears for one | hessian, mean |
 """

@@ -38,6 +38,20 @@ def randomized(n: int, seed: int) -> Tensor:
     return rotation
 
 
+def signed(n: int, seed: int) -> Tensor:
+    """QuaRot's matrix without its division, diag(±1) H float32 [n, n]: whole numbers, columns of length √n.
+
+    Where there is no H, Sylvester's for the largest power of two in n, in blocks on the diagonal: columns of its length.
+    """
+    try:
+        matrix = hadamard(n)
+    except CalibrationError:
+        power = n & -n
+        matrix = torch.kron(torch.eye(n // power, dtype=torch.float64), sylvester(power))
+    signs = torch.randint(0, 2, (n, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (signs * matrix).to(torch.float32)
+
+
 def transform(x: Tensor) -> Tensor:
     """x H / √n for x [..., n], in x's dtype: additions of the 2^k part, a product with the base."""
     base, power = split_order(x.shape[-1])

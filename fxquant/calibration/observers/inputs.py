@@ -62,5 +62,9 @@ def refuse_not_finite(site: str, x: Tensor) -> None:
     Raises:
         CalibrationError: naming the site.
     """
-    if not torch.isfinite(x).all():
-        raise CalibrationError(f"{site}: the calibration data give an input that is not finite")
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise CalibrationError(
+            f"{site}: the calibration data give an input that is not finite ({bad} of {x.numel()} values); "
+            "leave this batch out, or correct it"
+        )

@@ -3,12 +3,23 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fxquant.calibration.observers import BalancedGram, Gram, InputExtents, Moments, Observer, QuantileSketch, Reservoir
+from fxquant.calibration.files import Vectors
+from fxquant.calibration.observers import (
+    BalancedGram,
+    EmaExtent,
+    Gram,
+    Histogram,
+    InputExtents,
+    Moments,
+    Observer,
+    QuantileSketch,
+    Reservoir,
+)
 from fxquant.calibration.qparams import StaticQParams, choose_qparams
 from fxquant.calibration.seen import Seen
 from fxquant.calibration.site import INACCURATE, Migration, SiteCalibration, StaticCoding, WeightCodes, weight_digest
@@ -24,7 +35,9 @@ MANY_ROWS = 2048  # enough for quantiles of every channel
 Rounding = Callable[[Tensor, int, int, Seen], tuple[Tensor, Tensor]]  # (weight, bits, group, seen) → (codes, scale)
 OBSERVERS: Mapping[str, Callable[[str, int], Observer]] = {
     "balanced": lambda site, seed: BalancedGram(site),
+    "ema": lambda site, seed: EmaExtent(site),
     "gram": lambda site, seed: Gram(site),
+    "histogram": lambda site, seed: Histogram(site),
     "moments": lambda site, seed: Moments(site, PerChannel(-1)),
     "quantiles": lambda site, seed: QuantileSketch(site),
     "rows": lambda site, seed: Reservoir(site, SAMPLED_ROWS, seed),
@@ -81,7 +94,7 @@ class Gathered:
         """The statistics that rounding methods and migrations read, as far as they were observed."""
         gram, moments, balanced = (self.observers.get(name) for name in ("gram", "moments", "balanced"))
         rows = self.observers.get("many rows", self.observers.get("rows"))
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         tokens = 0
         if isinstance(balanced, BalancedGram):
             tokens = balanced.rows
@@ -139,7 +152,8 @@ class Recipe:
     None: the site stays as an option without calibration would have it. ``codes_attention``: ``recipes.attention`` has its
     codings of attention, which are part of the method. ``schemes`` may give sites another scheme than the one that was asked
     for, from what was seen of all of them. With ``follows`` the weights are not rounded by ``code`` but after it, in the order
-    of the graph, behind the sites that were rounded before; the batches are kept for it.
+    of the graph, behind the sites that were rounded before; the batches are kept for it. Before anything is observed, ``folds``
+    run, and the migrations that ``vectors`` has vectors for, made of the graph after the folds and of the seed.
     """
 
     name: str
@@ -149,6 +163,8 @@ class Recipe:
     codes_attention: bool = False
     schemes: Callable[[Mapping[str, Gathered]], Mapping[str, Scheme]] | None = None
     follows: "Reconstruction | None" = None
+    folds: tuple[str, ...] = ()
+    vectors: Callable[..., Vectors] | None = None
 
 
 def static_or_dynamic(gathered: Gathered, rounding: Rounding | None = None) -> SiteCalibration | None:

@@ -3,11 +3,14 @@
 Activations are coded as by ``minmax``. The batches are kept, and the model has to be one graph.
 """
 
+from functools import partial
+
 from fxquant.calibration.recipes.base import Gathered, Recipe, static_or_dynamic
+from fxquant.calibration.recipes.weights import SWEEP
 from fxquant.calibration.reconstruction.block import Learning
 from fxquant.calibration.reconstruction.sequence import Reconstruction
 from fxquant.calibration.reconstruction.tuning import Tuning
-from fxquant.calibration.rounding import refitted
+from fxquant.calibration.rounding import gptaq, refitted
 from fxquant.calibration.site import INACCURATE, SiteCalibration
 
 LAYERWISE = Learning(drop=0.0)
@@ -22,6 +25,12 @@ def activations(gathered: Gathered) -> SiteCalibration | None:
     return known if known is None or known.is_accurate else gathered.calibrated(note=INACCURATE)
 
 
+GPTAQ = Recipe(
+    "gptaq",
+    "GPTAQ, arXiv 2504.02692: GPTQ behind the quantized prefix for the float output, act-order and scales as of gptq (ours)",
+    activations,
+    follows=Reconstruction(partial(gptaq.round_weight, options=SWEEP)),
+)
 SEQUENTIAL = Recipe(
     "sequential",
     "ours: GPTQ behind the quantized prefix against the float output and residual, scales fitted to the codes",

@@ -5,18 +5,20 @@
 | fq-vit | power-of-two factor | percentile | percentile | extent |
 | ptq4vit | grid by x Wᵀ | twin uniform | grid by x Wᵀ | grid by x Wᵀ, one scale |
 | repq | per channel, as one | MSE percentile | MSE percentile | MSE percentile |
-| repquant | the same with learned dual clipping | MSE percentile | MSE percentile | GPTQ |
-| i&s | per channel, as one | MSE percentile | MSE percentile | MSE percentile, nine of them |
+| repquant | the same with learned dual clipping | MSE percentile | MSE percentile | as sequential |
+| i&s | per channel, as one | MSE percentile | MSE percentile | tuned, MSE percentile of nine |
 | dopq | per channel, as one by the median | MSE percentile | MSE percentile | MSE percentile |
 | adalog | per channel by FPCS, as one | shifted AdaLog | FPCS by x Wᵀ | scales by x Wᵀ |
 
 Attention: ``recipes.attention``; LayerNorm, softmax and GELU stay float. vit-quantizers section 14, with these differences.
-Weights have the symmetric codes of the kernels, where the publications mostly have affine ones. Every site is coded from float
-inputs, none behind the quantized layers before it. FPCS tries 16 zero points around the middle, which no one-sided input has at
-6 bits and more: MSE percentiles (after norms) or the extent stay where they are better. ptq4vit's errors are not weighted by
-gradients, and its linears have one round of search instead of three. I&S-ViT's three stages (SOS) and the block reconstruction
-of RepQuant and DopQ-ViT are not part of these recipes: figures published with them are out of reach. Unconfirmed: RepQuant's
-formulas of dual clipping and of its weights, DopQ-ViT's rule for the zero point.
+Weights have the symmetric codes of the kernels, where the publications mostly have affine ones. Activations are coded from
+float inputs, none behind the quantized layers before it. FPCS tries 16 zero points around the middle, which no one-sided
+input has at 6 bits and more: MSE percentiles (after norms) or the extent stay where they are better. ptq4vit's errors are not
+weighted by gradients, and its linears have one round of search instead of three. i&s has the three stages of
+``reconstruction.sos``, repquant the clips of ``reconstruction.dual_clip`` and then weights behind the quantized prefix; both
+keep the batches, and the model has to be one graph. DopQ-ViT's publication reconstructs too, but how is not known: its figures
+are out of reach. Unconfirmed: RepQuant's formulas of dual clipping, and its weights, which are those of ``sequential``; and
+DopQ-ViT's rule for the zero point.
 """
 
 from collections.abc import Callable
@@ -24,15 +26,17 @@ from functools import partial
 
 import torch
 
-from fxquant.calibration.migration import repquant
+from fxquant.calibration.channel_coding import ChannelCoding, Middle
 from fxquant.calibration.observers import QuantileSketch
 from fxquant.calibration.observers.samples import Samples
 from fxquant.calibration.recipes.base import Gathered, Recipe, Rounding
 from fxquant.calibration.recipes.gelu import choose_after_gelu
-from fxquant.calibration.recipes.norm_inputs import ChannelCoding, Middle, percentile_channels, power_of_two_factors
+from fxquant.calibration.recipes.norm_inputs import percentile_channels, power_of_two_factors
 from fxquant.calibration.recipes.ranges import FRACTION, per_tensor
-from fxquant.calibration.recipes.weights import sweep
-from fxquant.calibration.rounding import hessian_weighted, percentile
+from fxquant.calibration.reconstruction.dual_clip import Clipping
+from fxquant.calibration.reconstruction.sequence import Reconstruction
+from fxquant.calibration.reconstruction.sos import Stages
+from fxquant.calibration.rounding import hessian_weighted, percentile, refitted
 from fxquant.calibration.rounding.grid import encode
 from fxquant.calibration.searches import (
     Candidates,
@@ -90,22 +94,14 @@ def _ptq4vit(gathered: Gathered) -> SiteCalibration:
     )
 
 
-def _repq(gathered: Gathered, rounding: Rounding = percentile.round_weight, middle: Middle = torch.mean) -> SiteCalibration:
+def _repq(
+    gathered: Gathered, rounding: Rounding | None = percentile.round_weight, middle: Middle = torch.mean
+) -> SiteCalibration:
     if gathered.site.comes_from in NORMS:
         coding = percentile_channels(gathered.rows, gathered.scheme.act_bits)
         return _as_one(gathered, coding, rounding, middle)
     choice = mse_percentile(Samples.of(gathered.site.name, gathered.rows), Uniform(gathered.scheme.act_bits))
     return gathered.calibrated(per_tensor(gathered, choice.qparams), rounding=rounding)
-
-
-def _repquant(gathered: Gathered) -> SiteCalibration:
-    """The clip is learned first, then the channels become one, then the weight is rounded."""
-    if gathered.site.comes_from not in NORMS:
-        return _repq(gathered, sweep)
-    rows, bits = gathered.rows, gathered.scheme.act_bits
-    low, high = rows.amin(0).clamp_max(0), rows.amax(0).clamp_min(0)
-    clip = repquant.learn(rows, gathered.weight, bits)
-    return _as_one(gathered, ChannelCoding(*repquant.qparams(low, high, clip, bits)), sweep)
 
 
 def _adalog(gathered: Gathered) -> SiteCalibration:
@@ -130,24 +126,33 @@ def _adalog(gathered: Gathered) -> SiteCalibration:
     return gathered.calibrated(per_tensor(gathered, choice.qparams), rounding=hessian_weighted.round_weight)
 
 
-def _as_one(gathered: Gathered, coding: ChannelCoding, rounding: Rounding, middle: Middle = torch.mean) -> SiteCalibration:
+def _as_one(
+    gathered: Gathered, coding: ChannelCoding, rounding: Rounding | None, middle: Middle = torch.mean
+) -> SiteCalibration:
     static, shift = coding.as_one(gathered.scheme.act_bits, middle)
     return gathered.calibrated(static, shift=shift, rounding=rounding)
 
 
-def _recipe(name: str, source: str, code: Callable[[Gathered], SiteCalibration], *more: str) -> Recipe:
+def _recipe(
+    name: str, source: str, code: Callable[[Gathered], SiteCalibration], *more: str, follows: Reconstruction | None = None
+) -> Recipe:
     """Weights alone are left to the nearest: these methods are about activations."""
-    return Recipe(
-        name, source, lambda gathered: None if gathered.scheme.is_weight_only else code(gathered), (*OBSERVED, *more), True
-    )
+    coded = lambda gathered: None if gathered.scheme.is_weight_only else code(gathered)  # noqa: E731 - one expression
+    return Recipe(name, source, coded, (*OBSERVED, *more), codes_attention=True, follows=follows)
 
 
-_ias = partial(_repq, rounding=partial(percentile.round_weight, fractions=IAS_WEIGHT_FRACTIONS))
+_ias_weight = partial(percentile.round_weight, fractions=IAS_WEIGHT_FRACTIONS)
+_dual_clipped = Reconstruction(refitted.round_weight, clipping=Clipping())
 FQ_VIT = _recipe("fq-vit", "FQ-ViT, arXiv 2111.13824", _fq_vit, "quantiles")
 PTQ4VIT = _recipe("ptq4vit", "PTQ4ViT, arXiv 2111.12293", _ptq4vit)
 REPQ = _recipe("repq", "RepQ-ViT, arXiv 2212.08254", _repq)
-REPQUANT = _recipe("repquant", "RepQuant, arXiv 2402.05628, without reconstruction", _repquant, "gram")
-IAS = _recipe("i&s", "I&S-ViT, arXiv 2311.10126, without its three stages", _ias)
+REPQUANT = _recipe("repquant", "RepQuant, arXiv 2402.05628", partial(_repq, rounding=None), follows=_dual_clipped)
+IAS = _recipe(
+    "i&s",
+    "I&S-ViT, arXiv 2311.10126",
+    partial(_repq, rounding=_ias_weight),
+    follows=Reconstruction(_ias_weight, learning=Stages()),
+)
 DOPQ = _recipe("dopq", "DopQ-ViT, arXiv 2408.03291, without reconstruction", partial(_repq, middle=torch.median))
 ADALOG = _recipe("adalog", "AdaLog, arXiv 2407.12951, without reconstruction", _adalog, "gram")
 VIT_RECIPES = (FQ_VIT, PTQ4VIT, REPQ, REPQUANT, IAS, DOPQ, ADALOG)

@@ -2,20 +2,23 @@
 
 The float model and the coded one walk through the graph side by side, all batches at once, from one stage (the linears that
 read one value) to the next. At each the rounding method sees the input as the coded model has it and what the output misses;
-where the recipe learns, a whole block is then learned against what the float block hands on.
+where the recipe learns, a whole block is then learned against what the float block hands on. Clips of inputs that were coded by
+channels are learned before the block's weights are rounded, since the rounding must see the rescaled columns.
 
 Memory: the batches, and for each of them the values that are alive at one place of the graph, twice (a third and fourth time
 where blocks are learned). For a decoder that is a few times tokens · width · 4 bytes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fxquant.calibration.reconstruction.block import Block, Learning, learn_block
+from fxquant.calibration.reconstruction.block import Block, Learning, held_out, learn_block
 from fxquant.calibration.reconstruction.coded import CodedLinear, as_overrides
+from fxquant.calibration.reconstruction.dual_clip import Clipping, clip_block
 from fxquant.calibration.reconstruction.kept import Kept
 from fxquant.calibration.reconstruction.order import Stage, blocks, stages
+from fxquant.calibration.reconstruction.sos import Stages, tune_block
 from fxquant.calibration.reconstruction.statistics import see_stage
 from fxquant.calibration.reconstruction.tuning import Tuning, Whole, tune
 from fxquant.calibration.reconstruction.walk import Walk, advance_all, walks
@@ -33,12 +36,25 @@ Sites = dict[str, SiteCalibration]
 @dataclass(frozen=True)
 class Reconstruction:
     """How weights are rounded behind the coded prefix: ``rounding`` for each linear, then ``learning`` for each block, or for
-    each stage with ``by_stage``, then ``tuning`` of the scales of all."""
+    each stage with ``by_stage``, then ``tuning`` of the scales of all. ``clipping`` stands before a block's rounding.
+    ``Stages`` tune weights, for which ``rounding`` only chooses scales, without statistics.
+    """
 
     rounding: "Rounding"
-    learning: Learning | None = None
+    learning: Learning | Stages | None = None
     by_stage: bool = False
     tuning: Tuning | None = None
+    clipping: Clipping | None = None
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether something is learned against what a block hands on."""
+        return self.learning is not None or self.clipping is not None
+
+    def divide(self, floats: list[Walk]) -> tuple[list[Walk], list[Walk]]:
+        """(what is rounded by, what scales are tuned on): codes fit the batches that they were made of, so that those would say
+        little of others. With ``tuning`` every second batch is for that alone."""
+        return (floats[::2], floats[1::2]) if self.tuning is not None and len(floats) > 1 else (floats, floats)
 
     def units(self, ordered: list[Stage]) -> list[list[Stage]]:
         """What is learned, and kept in a checkpoint, at once."""
@@ -61,65 +77,92 @@ def reconstruct(
     Raises:
         CalibrationError: the model is not one graph, or batches reach its linears in different order.
     """
-    linears = {name: CodedLinear(gathered[name], each) for name, each in known.items()}
     floats = walks(study, batches, method)
-    begun = [walk.fork() for walk in floats]
-    pairs = [(walk, walk.fork()) for walk in floats]
+    rounded, tuned = how.divide(floats)
+    begun = [walk.fork() for walk in tuned]
+    linears = {name: CodedLinear(gathered[name], each) for name, each in known.items()}
+    run = _Run(study, how, seed, progress, linears, [(walk, walk.fork()) for walk in rounded])
     units = how.units(_ordered(floats, known))
-    done: Sites = {}
-    total = sum(len(stage) for unit in units for stage in unit)
     for i, unit in enumerate(units):
         names = [name for stage in unit for name in stage]
         if all(name in kept.sites for name in names):
-            done |= {name: linears[name].rounded(*kept.sites[name]) for name in names}
-            progress("rounding sites", len(done), total)
+            run.take({name: kept.restored(linears[name]) for name in names})
+            linears |= {name: CodedLinear(gathered[name], run.done[name]) for name in names}
             continue
         following = units[i + 1][0][0] if i + 1 < len(units) else None
-        with kept.saved_if_stopped(done):
-            done |= _unit(study, unit, following, linears, pairs, done, how, seed, progress, total)
-        kept.save_if_due(done)
+        with kept.saved_if_stopped(run.done):
+            run.take(run.code(unit, following))
+        kept.save_if_due(run.done)
     if how.tuning is None:
-        return done
-    with kept.saved_if_stopped(done):
-        return tune(Whole(begun, linears, done), how.tuning, seed, lambda step, steps: progress("tuning scales", step, steps))
+        return run.done
+    whole = Whole(begun, linears, run.done)
+    with kept.saved_if_stopped(run.done):
+        return tune(whole, how.tuning, seed, lambda step, steps: progress("tuning scales", step, steps))
 
 
-def _unit(
-    study: Study,
-    unit: list[Stage],
-    following: str | None,
-    linears: Mapping[str, CodedLinear],
-    pairs: list[tuple[Walk, Walk]],
-    done: Sites,
-    how: Reconstruction,
-    seed: int,
-    progress: Progress,
-    total: int,
-) -> Sites:
-    found: Sites = {}
-    here = _reach(study, unit[0], pairs, linears, done)
-    before = [(float_walk.fork(), coded_walk.fork()) for float_walk, coded_walk in here] if how.learning is not None else []
-    for stage in unit:
-        here = _reach(study, stage, pairs, linears, done | found)
-        for name, seen in zip(stage, see_stage(stage, [linears[name] for name in stage], here), strict=True):
-            scheme = linears[name].gathered.scheme
-            codes = how.rounding(linears[name].weight, scheme.weight_bits, scheme.group, seen)
-            found[name] = linears[name].rounded(*codes)
-            progress("rounding sites", len(done) + len(found), total)
-    if how.learning is None:
+@dataclass
+class _Run:
+    """Walks in float and behind the linears that are ``done``; ``linears`` as their activations are coded so far."""
+
+    study: Study
+    how: Reconstruction
+    seed: int
+    progress: Progress
+    linears: dict[str, CodedLinear]
+    pairs: list[tuple[Walk, Walk]]
+    done: Sites = field(default_factory=dict)
+
+    def take(self, found: Sites) -> None:
+        """These sites are done."""
+        self.done |= found
+        self.progress("rounding sites", len(self.done), len(self.linears))
+
+    def code(self, unit: list[Stage], following: str | None) -> Sites:
+        """The sites of a unit; ``following`` is the first site behind it."""
+        how, names = self.how, [name for stage in unit for name in stage]
+        here = self._reach(unit[0], {})
+        before = _forked(here) if how.needs_blocks else []
+        block = Block(before, lambda walk: walk.places[following] if following else len(walk.nodes), self.linears, {})
+        if how.clipping is not None:
+            self.linears |= clip_block(block, unit, how.clipping, self.seed, self._report(f"clipping {unit[0][0]}"))
+        report = self._report(f"learning {unit[0][0]}")
+        if isinstance(how.learning, Stages):
+            known = {name: self.linears[name].known for name in names}
+            return tune_block(replace(block, found=known), how.rounding, how.learning, self.seed, report)
+        if how.learning is None:
+            return self._round(unit, every=True)
+        begun = _forked(self.pairs)
+        found = replace(block, found=self._round(unit, every=False))
+        learned = learn_block(found, how.learning, self.seed, report)
+        self.pairs = begun  # they went on with codes that are not those that stay
+        return learned or self._round(unit, every=True)
+
+    def _round(self, unit: list[Stage], every: bool) -> Sites:
+        """By the statistics of every batch, or of those alone that blocks are learned from: on the others they are measured."""
+        found: Sites = {}
+        for stage in unit:
+            linears, here = [self.linears[name] for name in stage], self._reach(stage, found)
+            read = here if every else [here[which] for which in held_out(len(here))[0]]
+            for name, linear, seen in zip(stage, linears, see_stage(stage, linears, read), strict=True):
+                scheme = linear.gathered.scheme
+                found[name] = linear.rounded(*self.how.rounding(linear.weight, scheme.weight_bits, scheme.group, seen))
+                self.progress("rounding sites", len(self.done) + len(found), len(self.linears))
         return found
-    block = Block(before, lambda walk: walk.places[following] if following else len(walk.nodes), linears, found)
-    return learn_block(block, how.learning, seed, lambda step, steps: progress(f"learning {unit[0][0]}", step, steps))
+
+    def _reach(self, stage: Stage, found: Sites) -> list[tuple[Walk, Walk]]:
+        """The walks that have the stage, advanced to it; those of the coded model by ``found`` too."""
+        here = [pair for pair in self.pairs if stage[0] in pair[0].places]
+        overrides = as_overrides(self.linears, self.done | found)
+        advance_all(self.study, [walk for walk, _ in here], lambda walk: walk.places[stage[0]], {})
+        advance_all(self.study, [walk for _, walk in here], lambda walk: walk.places[stage[0]], overrides)
+        return here
+
+    def _report(self, what: str) -> Callable[[int, int], None]:
+        return lambda step, steps: self.progress(what, step, steps)
 
 
-def _reach(
-    study: Study, stage: Stage, pairs: list[tuple[Walk, Walk]], linears: Mapping[str, CodedLinear], done: Sites
-) -> list[tuple[Walk, Walk]]:
-    """The walks that have the stage, advanced to it."""
-    here = [pair for pair in pairs if stage[0] in pair[0].places]
-    advance_all(study, [walk for walk, _ in here], lambda walk: walk.places[stage[0]], {})
-    advance_all(study, [walk for _, walk in here], lambda walk: walk.places[stage[0]], as_overrides(linears, done))
-    return here
+def _forked(pairs: Sequence[tuple[Walk, Walk]]) -> list[tuple[Walk, Walk]]:
+    return [(float_walk.fork(), coded_walk.fork()) for float_walk, coded_walk in pairs]
 
 
 def _ordered(floats: Sequence[Walk], known: Mapping[str, SiteCalibration]) -> list[Stage]:

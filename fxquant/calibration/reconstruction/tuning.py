@@ -36,11 +36,11 @@ _SAME = ("view", "reshape", "to", "_to_copy", "slice", "float", "clone", "contig
 class Tuning:
     """``rate`` is the relative change of a scale in the first steps; it falls to 0 along a cosine after ``warm_up`` steps."""
 
-    steps: int = 40
+    steps: int = 96
     rate: float = 5e-4
     warm_up: int = 5
-    check_every: int = 10
-    patience: int = 2
+    check_every: int = 12
+    patience: int = 4
 
     def rate_at(self, step: int) -> float:
         """The rate of a step."""

@@ -1,8 +1,9 @@
 """GPTQ whose goal is a given output, and whose scales are fitted again to the codes that it found.
 
 1. With H = (2 / n) XᵀX and M = (2 / n) Xᵀ (Y - X Wᵀ), what W misses of the wanted output Y, the float weight that comes
-   nearest to Y is ``W + ((H + λ)⁻¹ M)ᵀ``: errors of the quantized layers before are made up for as far as the input tells
-   them. (GPTAQ, arXiv 2504.02692, does so column by column with a strength of 1/4; closed form here.)
+   nearest to Y is ``W + ((H + ρ)⁻¹ M)ᵀ``: errors of the quantized layers before are made up for as far as the input tells
+   them, and with ρ as far as that holds on unseen data. (GPTAQ, arXiv 2504.02692, does so column by column with a strength
+   of 1/4; closed form here.)
 2. GPTQ by falling H_jj with the scales of least squared error, weighted by H_jj. Weights with groups are streamed, and those
    kernels read all 2^b codes: a group's scale has the sign that gives its largest weight the code -2^(b-1), which is worth
    0.8 dB at 4 bits and groups of 128.
@@ -10,7 +11,7 @@
    ``A_gh = q_g H_gh q_hᵀ`` and ``b_g = q_g H wᵀ``; steps 2 and 3 again from there. Each row keeps the best that it met.
 
 λ is ``damp`` times the median of H's diagonal: the mean would be that of the largest outlier's square, and a decoder's first
-token is thousands of times as large as the others. Ours.
+token is thousands of times as large as the others. ρ is ``Seen.ridge`` times the same, λ where that is not known. Ours.
 """
 
 from dataclasses import dataclass
@@ -25,16 +26,16 @@ from fxquant.calibration.seen import Seen
 from fxquant.reference import SMALLEST, dequantize_weight, spread
 
 SHRINKS = tuple(1 - i / 40 for i in range(20))
-RIDGE = 1e-6  # of the mean diagonal of A: rows whose codes of a group are all zero stay solvable
+LEAST_RIDGE = 1e-6  # of the mean diagonal of A: rows whose codes of a group are all zero stay solvable
+RIDGES = tuple(0.01 * 4**i for i in range(9))
 
 
 @dataclass(frozen=True)
 class Options:
-    """``fits``: how often scales are fitted; ``strength`` times the missing output is made up for."""
+    """``fits``: how often scales are fitted."""
 
     damp: float = 0.01
     fits: int = 2
-    strength: float = 1.0
     block: int = 128
 
 
@@ -50,8 +51,9 @@ def round_weight(weight: Tensor, bits: int, group: int, seen: Seen, options: Opt
     hessian = damped(seen.need("hessian", "refitted"), options.damp)
     goal = as_matrix(weight, group).to(torch.float64)
     goal = torch.where(seen.need("hessian", "refitted").diagonal() > 0, goal, 0.0)
-    if seen.missing is not None and options.strength:
-        goal = goal + options.strength * torch.linalg.solve(hessian, seen.missing.to(torch.float64)).T
+    if seen.missing is not None:
+        held_back = hessian if seen.ridge is None else damped(seen.need("hessian", "refitted"), seen.ridge)
+        goal = goal + torch.linalg.solve(held_back, seen.missing.to(torch.float64)).T
     narrow = goal.to(torch.float32)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], 0.0)
@@ -67,6 +69,21 @@ def round_weight(weight: Tensor, bits: int, group: int, seen: Seen, options: Opt
             best, least = _better(best, least, (codes, scale), goal, hessian, group)
     assert best is not None
     return best
+
+
+def choose_ridge(seen: Seen, unseen: Seen) -> float:
+    """Of ``RIDGES`` that with which (H + ρ)⁻¹ M of ``seen`` makes up for most of what ``unseen`` misses."""
+    hessian = damped(seen.need("hessian", "refitted"), 0.0)
+    values, basis = torch.linalg.eigh(hessian)
+    found = basis.T @ seen.need("missing", "refitted")
+    there = basis.T @ unseen.need("hessian", "refitted") @ basis
+    wanted = basis.T @ unseen.need("missing", "refitted")
+
+    def error(ridge: float) -> float:
+        made_up = found / (values + ridge * _middle(hessian))[:, None]
+        return float((made_up * (there @ made_up / 2 - wanted)).sum())
+
+    return float(min(RIDGES, key=error))
 
 
 def code_limits(bits: int, group: int) -> tuple[int, int]:
@@ -94,9 +111,13 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
     wide = hessian.to(torch.float64)
     diagonal = wide.diagonal()
     is_dead = diagonal <= 0
-    alive = diagonal[~is_dead]
-    strength = damp * float(alive.median()) if len(alive) else 0.0
-    return wide + torch.diag(is_dead.to(torch.float64) + strength)
+    return wide + torch.diag(is_dead.to(torch.float64) + damp * _middle(wide))
+
+
+def _middle(hessian: Tensor) -> float:
+    """The median of the diagonal, of inputs that were not always zero."""
+    alive = hessian.diagonal()[hessian.diagonal() > 0]
+    return float(alive.median()) if len(alive) else 0.0
 
 
 def fit_scale(weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor, group: int) -> Tensor:
@@ -107,7 +128,7 @@ def fit_scale(weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor, gro
     seen = torch.stack([wide[:, part] @ hessian[part] for part in parts], 1)  # [N, G, K]: q_g H_g
     square = torch.stack([(seen[:, :, part] * wide[:, None, part]).sum(2) for part in parts], 2)  # [N, G, G]
     right = (seen * weight.to(torch.float64)[:, None]).sum(2)
-    ridge = RIDGE * square.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST)
+    ridge = LEAST_RIDGE * square.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST)
     found = torch.linalg.solve(square + ridge[:, None, None] * torch.eye(len(parts), dtype=torch.float64), right)
     found = found.to(torch.float32).view(scale.shape)
     return torch.where((found * scale.sign() > SMALLEST) & torch.isfinite(found), found, scale)

@@ -162,11 +162,17 @@ def test_fewer_batches_than_a_checkpoint_has_seen_are_refused(tmp_path: Path) ->
 ONE_SCHEME = {"flexq": "w6a6", "fireq": "w4a8"}  # methods that know no other
 
 
+def model_for(method: str) -> nn.Sequential:
+    """The usual model, with a norm where a method needs a stream to rotate."""
+    model = model_and_batches()[0]
+    return nn.Sequential(model[0], nn.RMSNorm(32), model[2]) if RECIPES[method].vectors is not None else model
+
+
 @pytest.mark.parametrize("method", list(RECIPES))
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e-30])
 def test_data_that_are_all_equal_leave_a_model_that_runs(method: str, value: float) -> None:
     """A constant has no spread; a static code of it, or none with a reason, must still be near the float model."""
-    model, batches = model_and_batches(1)
+    model, batches = model_for(method), model_and_batches(1)[1]
     x = torch.full((6, 24), value)
     scheme = ONE_SCHEME.get(method, "w8a8")
     calibration = fxquant.calibrate(model, [x, x], scheme=scheme, method=method)
@@ -181,7 +187,7 @@ def test_data_that_are_all_equal_leave_a_model_that_runs(method: str, value: flo
 
 @pytest.mark.parametrize("method", list(RECIPES))
 def test_batches_without_rows_are_passed_over(method: str) -> None:
-    model, batches = model_and_batches(2)
+    model, batches = model_for(method), model_and_batches(2)[1]
     empty = torch.zeros(0, 24)
     scheme = ONE_SCHEME.get(method, "w6a6")
     found = fxquant.calibrate(model, [batches[0], empty, batches[1]], scheme=scheme, method=method)
@@ -249,3 +255,136 @@ def test_what_a_budget_would_not_heed_is_refused(given: dict[str, Any], message:
     model, batches = model_and_batches(2)
     with pytest.raises(ConfigError, match=message):
         fxquant.calibrate(model, batches, budget=Budget(cosine=0.9), **given)
+
+
+def test_a_weight_that_is_not_finite_is_named_and_not_what_it_spoils() -> None:
+    model, batches = model_and_batches()
+    model.get_parameter("0.weight").data[1, 2] = float("nan")
+    for call in (
+        lambda: fxquant.calibrate(model, batches, scheme="w8a8", method="gptq"),
+        lambda: fxquant.calibrate(model, batches, budget=Budget(cosine=0.9)),
+        lambda: fxquant.rank_errors(model, batches, scheme="w8a8"),
+    ):
+        with pytest.raises(CalibrationError, match="0:linear: the weight holds 1 values that are not finite"):
+            call()
+
+
+def test_a_ranking_refuses_what_is_not_finite() -> None:
+    model, batches = model_and_batches()
+    batches[1][7, 5] = float("nan")
+    with pytest.raises(CalibrationError) as raised:
+        fxquant.rank_errors(model, batches, scheme="w8a8")
+    assert str(raised.value) == (
+        "0:linear: the calibration data give an input that is not finite (1 of 960 values); leave this batch out, or correct it"
+    )
+
+
+def test_batches_without_rows_alone_name_the_sites() -> None:
+    model, empty = model_and_batches()[0], [torch.zeros(0, 24)] * 2
+    for call in (
+        lambda: fxquant.calibrate(model, empty, scheme="w8a8"),
+        lambda: fxquant.calibrate(model, empty, budget=Budget(cosine=0.9)),
+        lambda: fxquant.rank_errors(model, empty, scheme="w8a8"),
+    ):
+        with pytest.raises(
+            CalibrationError, match="0:linear: the batch must not be empty; 2:linear: the batch must not be empty"
+        ):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sentence"),
+    [
+        ("w4a16-g16", "0:linear: method 'minmax' has nothing to fix where w4a16-g16 leaves activations float; take one"),
+        ("nf4", "0:linear: the codes of nf4 follow from what is coded, with no calibration; leave it out"),
+        ("float", "the options leave 0:linear, 2:linear float"),
+    ],
+)
+def test_a_scheme_that_leaves_nothing_to_calibrate_says_so(scheme: str, sentence: str) -> None:
+    model, batches = model_and_batches()
+    with pytest.raises(CalibrationError, match=sentence):
+        fxquant.calibrate(model, batches, scheme=scheme)
+
+
+@pytest.mark.parametrize("part", [0, 0.001, 0.05, 0.5, 0.999])
+def test_a_file_that_is_cut_off_says_the_way_out(part: float, tmp_path: Path) -> None:
+    model, batches = model_and_batches(1)
+    path = tmp_path / "c.safetensors"
+    fxquant.calibrate(model, batches, scheme="w6a6", method="gptq").save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(part * len(data))])
+    with pytest.raises(Exception, match=r"c\.safetensors cannot be read: .* Copy it again, or calibrate again"):
+        run(model, batches[0], calibration=str(path))
+
+
+@pytest.mark.parametrize(("scheme", "method"), [("w8a8", "minmax"), ("w4a16-g16", "gptq")])
+def test_a_calibration_that_fits_no_linear_is_of_another_model(scheme: str, method: str) -> None:
+    model, batches = model_and_batches()
+    found = fxquant.calibrate(model, batches, scheme=scheme, method=method)
+    other = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 16))
+    with pytest.raises(Exception, match=r"another model: '0:linear' has a weight \[32, 24\] in it and \[48, 24\] here"):
+        run(other, batches[0], scheme=scheme, calibration=found)
+    named = nn.Sequential()
+    named.add_module("head", nn.Linear(24, 8))
+    with pytest.raises(Exception, match="another model: it knows '0:linear', '2:linear', and this graph has 'head:linear'"):
+        run(named, batches[0], scheme=scheme, calibration=found)
+
+
+@pytest.mark.parametrize(("scheme", "method", "way"), [("w8a8", "minmax", "dynamic"), ("w4a16-g16", "gptq", "to the nearest")])
+def test_a_linear_of_another_shape_does_without_and_says_so(scheme: str, method: str, way: str) -> None:
+    model, batches = model_and_batches()
+    found = fxquant.calibrate(model, batches, scheme=scheme, method=method)
+    other = nn.Sequential(model[0], nn.GELU(), nn.Linear(32, 5))
+    options: dict[str, Any] = {"codegen": "ops", "scheme": scheme, "calibration": found}
+    rows = fxquant.explain(other, batches[0], options=options).sites
+    reasons = {row.name: row.reason for row in rows if row.kind == "linear"}
+    assert reasons["2:linear"] == f"{way}: the calibration is of a weight of 16×32, this one has 5×32"
+
+
+def test_a_place_where_no_file_can_be_is_refused_before_any_data(tmp_path: Path) -> None:
+    model, batches = model_and_batches()
+
+    def unread() -> Iterator[Tensor]:
+        raise AssertionError("a batch was read")
+        yield
+
+    for place in (tmp_path, tmp_path / "missing" / "seen.safetensors"):
+        with pytest.raises(CalibrationError, match="name a file in a folder that exists"):
+            fxquant.calibrate(model, unread(), scheme="w8a8", checkpoint=place)
+    found = fxquant.calibrate(model, batches, scheme="w8a8")
+    with pytest.raises(CalibrationError, match=r"missing.c\.safetensors cannot be written"):
+        found.save(tmp_path / "missing" / "c.safetensors")
+    found.save(tmp_path / "c.safetensors")
+    assert Calibration.load(tmp_path / "c.safetensors") == found
+
+
+def test_a_calibration_given_as_checkpoint_is_refused_and_stays(tmp_path: Path) -> None:
+    model, batches = model_and_batches()
+    file = tmp_path / "c.safetensors"
+    found = fxquant.calibrate(model, batches, scheme="w8a8")
+    found.save(file)
+    with pytest.raises(CalibrationError, match=r"c\.safetensors is no checkpoint of version 1; name another file"):
+        fxquant.calibrate(model, batches, scheme="w8a8", checkpoint=file)
+    assert Calibration.load(file) == found
+
+
+@pytest.mark.parametrize("method", ["search", "sequential"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_was_seen_is_kept_where_coding_stops(
+    method: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = model_and_batches()
+    file, ran = tmp_path / "seen.safetensors", []
+
+    def stop(*given: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fxquant.calibration.run._code", stop)
+        with pytest.raises(error):
+            fxquant.calibrate(model, batches, scheme="w6a6", method=method, checkpoint=file)
+    monkeypatch.setattr("fxquant.calibration.observers.InputExtents.observe", lambda *given: ran.append(given))
+    found = fxquant.calibrate(model, batches, scheme="w6a6", method=method, checkpoint=file)
+    monkeypatch.undo()
+    assert not ran
+    assert found == fxquant.calibrate(model, batches, scheme="w6a6", method=method)

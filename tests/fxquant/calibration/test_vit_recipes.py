@@ -10,8 +10,9 @@ from torch.nn.functional import cosine_similarity, gelu, scaled_dot_product_atte
 
 import fxquant
 from fxquant.calibration.calibration import Calibration
+from fxquant.calibration.channel_coding import ChannelCoding
 from fxquant.calibration.qparams import StaticQParams
-from fxquant.calibration.recipes.norm_inputs import ChannelCoding, percentile_channels, power_of_two_factors
+from fxquant.calibration.recipes.norm_inputs import percentile_channels, power_of_two_factors
 from fxquant.calibration.recipes.vit import VIT_RECIPES
 from fxquant.calibration.rounding import percentile
 from fxquant.calibration.site import StaticCoding

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxquant.coding import Coding
 from fxquant.format_schemes import FORMAT_SCHEMES
-from fxquant.formats import FP4_BNB, NF4, NF4_DOUBLE, Format, Minifloat, Mx, Nvfp4
+from fxquant.formats import FP4_BNB, NF4, NF4_DOUBLE, Format, Minifloat, Mx, Nvfp4, Uniform
 from fxquant.formats.grids import E2M1, E2M3, E3M2, E4M3, E5M2, INT8
 from fxquant.formats.llm_fp4 import split
 from fxquant.granularity import PerGroup
@@ -125,6 +125,9 @@ def test_a_trace_gives_the_same_and_the_dtype_stays(form: Format, dtype: torch.d
         (Mx(E2M1, "rceil"), 32, 18.8),
         (Mx(E2M1, "ceil"), 32, 16.8),
         (Nvfp4(), 16, 20.4),
+        (Uniform(4), 128, 19.9),
+        (Uniform(4), 32, 21.9),
+        (Uniform(4, is_symmetric=True), 32, 20.3),
     ],
     ids=lambda value: value.name if isinstance(value, Format) else str(value),
 )
@@ -132,6 +135,37 @@ def test_the_error_on_gaussian_numbers_is_the_published_one(form: Format, n: int
     x = torch.randn(2**18 // n, n, generator=torch.Generator().manual_seed(0))
     error = form.fake_quant(x, form.fit(x)) - x
     assert float(10 * torch.log10(x.square().sum() / error.square().sum())) == pytest.approx(decibels, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("form", "distinct"),
+    [
+        *((Minifloat(grid), 2**grid.bits - 1) for grid in (E2M1, E2M3, E3M2)),
+        (Minifloat(E4M3), 253),  # two codes are NaN
+        (Minifloat(E5M2), 247),  # two are infinite and six NaN
+        (Mx(INT8), 256),  # two's complement has one zero; the code of -2 is never made
+        (split(1, 2), 15),
+        (split(4, 3), 255),
+        (NF4, 16),
+        (FP4_BNB, 15),
+    ],
+    ids=lambda value: value.name if isinstance(value, Format) else "",
+)
+def test_both_zeros_are_one_value_and_all_others_differ(form: Format, distinct: int) -> None:
+    levels = form.levels(block_of(dict(form.fit(blocks_of())), 1))
+    assert len(levels[torch.isfinite(levels)].unique()) == distinct
+
+
+def test_the_best_scale_of_e2m1_for_gaussian_numbers() -> None:
+    """linear-layers section 14: 2.92247856 / 6, with a mean squared error of .012685."""
+    x = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+
+    def error(scale: float) -> float:
+        return float((Minifloat(E2M1).fake_quant(x, {"scale": torch.tensor(scale)}) - x).square().mean())
+
+    best = 2.92247856 / 6
+    assert error(best) == pytest.approx(0.012685, rel=5e-3)
+    assert error(best) < min(error(0.95 * best), error(1.05 * best))
 
 
 @pytest.mark.parametrize(

@@ -72,18 +72,19 @@ def test_the_fitted_scale_is_that_of_a_scaled_minifloat() -> None:
 
 @pytest.mark.parametrize("rounding", ["paper", "code"])
 @pytest.mark.parametrize(
-    ("maxima", "bias", "shifts", "reached"),
+    ("maxima", "biases", "shifts", "reached"),
     [
-        ([0.2, 0.9, 6, 48], -2.0, [3, 3, 3, 0], [6, 6, 6, 48]),
-        ([8, 1, 0.3, 0.02], 0.584962, [0, 3, 3, 3], [8, 1, 1, 1]),
+        ([0.2, 0.9, 6, 48], [5.906891, 3.736966, 1.0, -2.0], [3, 3, 3, 0], [6, 6, 6, 48]),
+        ([8, 1, 0.3, 0.02], [0.584962, 3.584962, 5.321928, 9.228819], [0, 3, 3, 3], [8, 1, 1, 1]),
     ],
 )
 def test_the_worked_examples_of_pre_shifts(
-    rounding: str, maxima: list[float], bias: float, shifts: list[int], reached: list[float]
+    rounding: str, maxima: list[float], biases: list[float], shifts: list[int], reached: list[float]
 ) -> None:
+    assert [bias_for(maximum, 2, 1) for maximum in maxima] == pytest.approx(biases, abs=1e-6)
     form = split(2, 1, "paper" if rounding == "paper" else "code")
     qparams = form.fit(torch.tensor(maxima)[:, None])
-    assert torch.allclose(-torch.log2(qparams["scale"]), torch.full((4, 1), bias), atol=1e-5)
+    assert torch.allclose(-torch.log2(qparams["scale"]), torch.full((4, 1), min(biases)), atol=1e-5)
     assert qparams["shift"].view(-1).tolist() == shifts
     assert (form.grid.maximum * form.step(qparams)).view(-1).tolist() == pytest.approx(reached)
 

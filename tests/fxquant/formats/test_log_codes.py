@@ -98,6 +98,24 @@ def test_adalog_tables_fall_strictly_and_code_themselves(width: int) -> None:
         assert torch.equal(form.fake_quant(levels, qparams), levels)
 
 
+@pytest.mark.parametrize(("width", "largest"), [(4, 118), (6, 29), (8, 7)])
+def test_zero_has_the_zero_code_of_adalog_up_to_a_base(width: int, largest: int) -> None:
+    """vit-quantizers 9.5: the floor of 1e-15 is rne(1843.7 / q), the zero code where that is n or more, else about 2^-50."""
+    form, zero = AdaLog(width), torch.zeros(1, 1)
+    values = [float(form.fake_quant(zero, {"scale": ONE, "base": base * ONE})) for base in (largest, largest + 1)]
+    assert values[0] == 0
+    assert values[1] == pytest.approx(2.0**-50, rel=20)
+    assert 0 < values[1] < 2.0**-45
+
+
+def test_powers_of_two_with_a_sign_have_the_published_error_on_gaussian_numbers() -> None:
+    """linear-layers 17.3: 13.9 dB, however many exponents there are."""
+    x = torch.randn(1, 2**16, generator=torch.Generator().manual_seed(0))
+    for scale in (4.0, 64.0):
+        value = Log2(6, "saturate").fake_quant(x.abs(), {"scale": scale * ONE}) * x.sign()
+        assert float(10 * torch.log10(x.square().sum() / (value - x).square().sum())) == pytest.approx(13.9, abs=0.1)
+
+
 def test_adalog_of_eight_bits_is_finer_than_of_four() -> None:
     x = torch.softmax(torch.randn(64, 197), -1).reshape(1, -1)
     errors = [float((form.fake_quant(x, form.fit(x)) - x).square().mean()) for form in (AdaLog(4), AdaLog(8))]
@@ -139,6 +157,9 @@ def test_the_worked_example_of_adalog() -> None:
     assert shifts.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7, 8]
     assert mantissas.tolist() == [30, 21, 28, 19, 27, 18, 25, 17, 24, 16, 23, 16, 21, 29, 20, 28]
     assert form.denominator == 30
+    levels = [1, 0.7, 0.466667, 0.316667, 0.225, 0.15, 0.104167, 0.070833, 0.05, 0.033333, 0.023958, 0.016667]
+    levels += [0.010937, 0.007552, 0.005208, 0.003646]
+    assert form.levels(qparams)[0, :16].tolist() == pytest.approx(levels, abs=1e-6)
     assert form.quantize(A8, qparams).clamp_max(15).tolist() == [[0, 1, 2, 3, 6, 10, 15, 15]]
     wanted = [1, 0.7, 0.466667, 0.316667, 0.104167, 0.023958, 0, 0]
     assert form.fake_quant(A8, qparams)[0].tolist() == pytest.approx(wanted, abs=1e-6)

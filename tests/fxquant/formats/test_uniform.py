@@ -65,3 +65,39 @@ def test_nan_stays_nan() -> None:
 def test_widths_that_are_no_format_are_refused() -> None:
     with pytest.raises(FormatError, match="2 to 8 bits, not 9"):
         Uniform(9)
+
+
+ONE = {"scale": torch.ones(1, 1), "zero_point": torch.full((1, 1), 3.0)}
+
+
+def test_ties_go_to_the_even_code_before_the_zero_point_is_added() -> None:
+    """rne(x / s) + z: of 0.5 and z = 3 that is 3, where rne(x / s + z) would be 4; rne is not floor(t + 0.5)."""
+    halves = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5]])
+    assert Uniform(4).quantize(halves, ONE).tolist() == [[3, 5, 5, 3, 1]]
+
+
+def test_codes_are_made_by_division() -> None:
+    """x / s and x · (1 / s) are on different sides of a tie for some x."""
+    scale = torch.tensor([[0.3]])
+    ties = (torch.arange(60) + 0.5)[None] * scale
+    codes = Uniform(8).quantize(ties, {"scale": scale, "zero_point": torch.zeros(1, 1)})
+    assert torch.equal(codes, torch.round(ties / scale).to(torch.int64))
+    assert not torch.equal(codes, torch.round(ties * (1 / scale)).to(torch.int64))
+
+
+def test_a_code_beyond_the_last_one_is_clipped_and_fits_into_its_nibble() -> None:
+    """linear-layers section 2: the range -7.5 .. 7.5 has z = 8, and 7.5 would get the code 16."""
+    form, x = Uniform(4), torch.tensor([[-7.5, -3, 0, 2, 7.5]])
+    qparams = form.fit(x)
+    assert (float(qparams["scale"]), float(qparams["zero_point"])) == (1, 8)
+    assert form.quantize(x, qparams).tolist() == [[0, 5, 8, 10, 15]]
+
+
+def test_a_group_of_one_sign_has_zero_in_its_range() -> None:
+    """linear-layers section 2: the extent of the values alone would decode all of [5, 5.5, 6] to 1."""
+    form, x = Uniform(4), torch.tensor([[5, 5.5, 6]])
+    qparams = form.fit(x)
+    assert float(qparams["scale"]) == pytest.approx(0.4)
+    assert form.quantize(x, qparams).tolist() == [[12, 14, 15]]
+    zeros = form.fit(torch.zeros(1, 3))
+    assert form.fake_quant(torch.zeros(1, 3), zeros).tolist() == [[0, 0, 0]]

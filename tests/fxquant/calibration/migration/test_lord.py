@@ -1,15 +1,12 @@
-"""Low rank and dual clipping: the error is what is left out, the optimum, ranks of the publications, min-max as the limit."""
-
-import math
+"""Low rank: the error is what is left out, the optimum, ranks of the publications."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from fxquant.calibration.migration import lord, repquant
+from fxquant.calibration.migration import lord
 from fxquant.calibration.seen import Seen, see
 from fxquant.errors import CalibrationError
-from fxquant.formats import Uniform
 
 
 def site() -> tuple[Tensor, Tensor, Tensor]:
@@ -65,62 +62,3 @@ def test_the_ranks_of_the_publications() -> None:
 def test_a_rank_that_does_not_exist_is_refused(rank: int) -> None:
     with pytest.raises(CalibrationError, match=r"ranks 1 .. 10"):
         lord.truncate(site()[0], None, rank)
-
-
-def skewed() -> tuple[Tensor, Tensor]:
-    """Rows [300, 8] with rare peaks on one side, and a weight [16, 8]."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(300, 8, generator=generator)
-    rows[::50] += 12 * torch.rand(6, 8, generator=generator)
-    return rows, torch.randn(16, 8, generator=generator)
-
-
-def test_keeping_everything_is_min_max_bit_for_bit() -> None:
-    rows, _ = skewed()
-    low, high = rows.amin(0), rows.amax(0)
-    whole = torch.full((8,), math.inf)
-    scale, zero_point = repquant.qparams(low, high, repquant.Clip(whole, whole), 4)
-    torch.testing.assert_close(scale, (high - low) / 15, rtol=1e-6, atol=0)
-    assert torch.equal(zero_point, torch.round(-low / scale))
-    blocks = {"scale": scale[:, None], "zero_point": zero_point[:, None]}
-    assert torch.equal(repquant.fake_quant(rows, scale, zero_point, 4), Uniform(4).fake_quant(rows.T, blocks).T)
-
-
-def test_the_two_ends_are_clipped_apart() -> None:
-    clip = repquant.Clip(torch.tensor([0.0]), torch.tensor([math.inf]))
-    scale, zero_point = repquant.qparams(torch.tensor([-3.0]), torch.tensor([9.0]), clip, 4)
-    assert float(scale) == pytest.approx(0.5)
-    assert float(zero_point) == 6
-
-
-def test_learned_clipping_lowers_the_error_of_the_output_and_moves_the_ends_apart() -> None:
-    rows, weight = skewed()
-    clip = repquant.learn(rows, weight, 4, iterations=200)
-    whole = repquant.Clip(torch.full((8,), math.inf), torch.full((8,), math.inf))
-    low, high = rows.amin(0).clamp_max(0), rows.amax(0).clamp_min(0)
-
-    def error(clip: repquant.Clip) -> float:
-        return float(((repquant.fake_quant(rows, *repquant.qparams(low, high, clip, 4), 4) - rows) @ weight.T).square().mean())
-
-    assert error(clip) < 0.95 * error(whole)
-    assert ((clip.upper - clip.lower).abs() > 0.1).all()
-    again = repquant.learn(rows, weight, 4, iterations=200)
-    assert torch.equal(again.upper, clip.upper)
-
-
-def test_a_clip_logit_without_clipped_values_feels_only_the_rounding() -> None:
-    low, high = torch.tensor([-2.0]), torch.tensor([2.0])
-    upper = torch.tensor([0.0], requires_grad=True)
-    clip = repquant.Clip(upper, torch.tensor([0.0]))
-    scale, zero_point = repquant.qparams(low, high, clip, 4)
-    x = torch.tensor([[0.5], [-0.7], [0.8]])
-    value = repquant.fake_quant(x, scale, zero_point, 4)
-    (grad,) = torch.autograd.grad(value.sum(), upper)
-    codes = torch.round(x / scale.detach()) + torch.round(zero_point.detach())
-    residual = (codes - torch.round(zero_point.detach())) - x / scale.detach()  # rne(v) - v
-    through_scale = float(residual.sum()) * float(torch.autograd.grad(_scale(upper, low, high), upper)[0])
-    assert float(grad) == pytest.approx(through_scale, abs=1e-5)
-
-
-def _scale(upper: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return repquant.qparams(low, high, repquant.Clip(upper, torch.tensor([0.0])), 4)[0].sum()

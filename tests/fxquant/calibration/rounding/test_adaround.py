@@ -1,4 +1,4 @@
-"""AdaRound and the tuned weight of SOS: worked example, schedule, never worse on the rows, early stop, progress."""
+"""AdaRound: worked example, schedule, never worse on the rows, early stop, progress."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.calibration.rounding import adaround, gptq, nearest, tuned
+from fxquant.calibration.rounding import adaround, gptq, nearest
 from fxquant.calibration.rounding.grid import encode, row_errors
 from fxquant.calibration.seen import Seen, see
 from fxquant.errors import CalibrationError
@@ -90,21 +90,6 @@ def test_a_weight_on_the_grid_stays() -> None:
 def test_rows_that_do_not_fit_are_refused(rows: Tensor) -> None:
     with pytest.raises(CalibrationError, match=r"adaround wants rows \[R, 32\]"):
         adaround.round_weight(site()[0], 4, 0, Seen(1, rows=rows))
-
-
-def test_a_tuned_weight_is_better_than_the_nearest_and_keeps_its_scale() -> None:
-    weight, rows = site()
-    seen = see(rows)
-    hessian = seen.need("hessian", "test")
-    told: list[int] = []
-    options = tuned.Options(iterations=300, rate=1e-2, progress=lambda i, error: told.append(i))
-    codes, scale = tuned.round_weight(weight, 3, 0, seen, options)
-    near, steps = nearest.round_weight(weight, 3)
-    assert torch.equal(scale, steps)
-    learned, plain = (row_errors(weight, dequantize_weight(each, scale, 0), hessian) for each in (codes, near))
-    assert (learned <= plain).all()
-    assert learned.sum() < 0.95 * plain.sum()
-    assert told == [0, 100, 200]
 
 
 def test_learning_can_start_from_the_scales_of_another_method() -> None:
