@@ -97,8 +97,9 @@ def calibrate(
     ``method`` is a name of ``fxquant.calibration.recipes``: minmax, ema, percentile, mse, omse, kl; smoothquant, smoothquant+,
     awq, gptq, quarot, flexq, fireq, fpq; fq-vit, ptq4vit, repq, repquant, i&s, dopq, adalog, which code attention too; search
     and search-static (shift and factor of least predicted noise, then gptq), search-rotated (that after quarot's rotations); or
-    one that rounds behind the quantized part of the model: gptaq, sequential, reconstruct (then scales are tuned against the
-    float output, on every second batch, which the rounding does not see), adaround, qdrop. Those, repquant and i&s keep all
+    one that rounds behind the quantized part of the model: gptaq, sequential, adaround, qdrop, and reconstruct,
+    reconstruct-static and reconstruct-rotated (activations of the search of that name; after the rounding, scales are tuned
+    against the float output, on every second batch, which the rounding does not see). Those, repquant and i&s keep all
     batches and need a model of one graph; their checkpoint holds the blocks that were done.
 
     ``seed`` chooses the rows that searches are made on. ``progress`` draws a bar with the time that is left. ``checkpoint``

@@ -6,8 +6,8 @@ from fxquant.calibration.recipes.base import Gathered, Recipe
 from fxquant.calibration.recipes.floating import FPQ
 from fxquant.calibration.recipes.llm import FIREQ, FLEXQ
 from fxquant.calibration.recipes.ranges import EMA, KL, MINMAX, MSE, OMSE, PERCENTILE
-from fxquant.calibration.recipes.reconstruction import ADAROUND, GPTAQ, QDROP, RECONSTRUCT, SEQUENTIAL
-from fxquant.calibration.recipes.rotations import QUAROT, SEARCH_ROTATED
+from fxquant.calibration.recipes.reconstruction import ADAROUND, GPTAQ, QDROP, RECONSTRUCT, RECONSTRUCT_STATIC, SEQUENTIAL
+from fxquant.calibration.recipes.rotations import QUAROT, RECONSTRUCT_ROTATED, SEARCH_ROTATED
 from fxquant.calibration.recipes.search import SEARCH, SEARCH_STATIC
 from fxquant.calibration.recipes.vit import VIT_RECIPES
 from fxquant.calibration.recipes.weights import AWQ, GPTQ, SMOOTHQUANT, SMOOTHQUANT_PLUS
@@ -15,7 +15,8 @@ from fxquant.errors import CalibrationError
 
 _RANGES = (MINMAX, EMA, PERCENTILE, MSE, OMSE, KL)
 _LINEARS = (SMOOTHQUANT, SMOOTHQUANT_PLUS, AWQ, GPTQ, FLEXQ, FIREQ, FPQ, QUAROT, SEARCH, SEARCH_STATIC, SEARCH_ROTATED)
-_ALL = (*_RANGES, *_LINEARS, GPTAQ, SEQUENTIAL, RECONSTRUCT, ADAROUND, QDROP, *VIT_RECIPES)
+_BEHIND = (GPTAQ, SEQUENTIAL, RECONSTRUCT, RECONSTRUCT_STATIC, RECONSTRUCT_ROTATED, ADAROUND, QDROP)
+_ALL = (*_RANGES, *_LINEARS, *_BEHIND, *VIT_RECIPES)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
 __all__ = ["RECIPES", "Gathered", "Recipe", "find_recipe"]

@@ -1,10 +1,13 @@
 """Weights rounded behind the quantized part of the model: in closed form, and learned block by block.
 
-Activations are coded as by ``minmax``. The batches are kept, and the model has to be one graph.
+Activations are coded as by ``minmax``, those of ``reconstruct`` as by ``search``, of ``reconstruct-static`` as by
+``search-static``. The batches are kept, and the model has to be one graph.
 """
 
+from dataclasses import replace
 from functools import partial
 
+from fxquant.calibration.recipes import search
 from fxquant.calibration.recipes.base import Gathered, Recipe, static_or_dynamic
 from fxquant.calibration.recipes.weights import SWEEP
 from fxquant.calibration.reconstruction.block import Learning
@@ -39,9 +42,16 @@ SEQUENTIAL = Recipe(
 )
 RECONSTRUCT = Recipe(
     "reconstruct",
-    "ours: sequential, then all scales tuned against what the float model returns",
-    activations,
+    "ours: the search's activations, weights as of sequential, then all scales tuned against what the float model returns",
+    partial(search.code, prefers_static=False, rounding=None),
+    search.OBSERVES,
     follows=Reconstruction(refitted.round_weight, tuning=Tuning()),
+)
+RECONSTRUCT_STATIC = replace(
+    RECONSTRUCT,
+    name="reconstruct-static",
+    source="ours: reconstruct with the activations of search-static",
+    code=partial(search.code, prefers_static=True, rounding=None),
 )
 ADAROUND = Recipe(
     "adaround",

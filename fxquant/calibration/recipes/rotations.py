@@ -7,7 +7,8 @@ here. Activations are affine and not clipped, and weights have GPTQ's order and 
 differences are those of ``migration.hadamard``: Paley's matrices, and blocks where there is none. A model of which no stream
 can be rotated is refused.
 
-``search-rotated`` is ours: the same rotations, then the recipe ``search``. Its factors reach the inputs that no rotation does.
+``search-rotated`` and ``reconstruct-rotated`` are ours: the same rotations, then ``search`` or ``reconstruct``, whose factors
+reach the inputs that no rotation does.
 """
 
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import fx
 from fxquant.calibration.files import Vectors
 from fxquant.calibration.migration.hadamard import signed
 from fxquant.calibration.recipes.base import Gathered, Recipe
+from fxquant.calibration.recipes.reconstruction import RECONSTRUCT
 from fxquant.calibration.recipes.search import SEARCH
 from fxquant.calibration.recipes.weights import sweep
 from fxquant.calibration.site import SiteCalibration
@@ -57,4 +59,11 @@ QUAROT = Recipe(
 )
 SEARCH_ROTATED = replace(
     SEARCH, name="search-rotated", source="ours: QuaRot's rotations, then the search", folds=FOLDS, vectors=rotations
+)
+RECONSTRUCT_ROTATED = replace(
+    RECONSTRUCT,
+    name="reconstruct-rotated",
+    source="ours: QuaRot's rotations, then reconstruct",
+    folds=FOLDS,
+    vectors=rotations,
 )

@@ -12,7 +12,7 @@ from functools import partial
 from fxquant.calibration.migration.balance import Balance, Balancing
 from fxquant.calibration.observers import BalancedGram
 from fxquant.calibration.qparams import StaticQParams
-from fxquant.calibration.recipes.base import Gathered, Recipe
+from fxquant.calibration.recipes.base import Gathered, Recipe, Rounding
 from fxquant.calibration.recipes.weights import sweep
 from fxquant.calibration.site import INACCURATE, SiteCalibration
 from fxquant.reference import SMALLEST
@@ -20,11 +20,12 @@ from fxquant.reference import SMALLEST
 ROWS = 128  # of those that were kept, for the extents of tokens
 
 
-def _search(gathered: Gathered, prefers_static: bool) -> SiteCalibration | None:
+def code(gathered: Gathered, prefers_static: bool, rounding: Rounding | None = sweep) -> SiteCalibration | None:
+    """The site with the shift, factor and qparams of the search; None: its weight is rounded later."""
     scheme, seen = gathered.scheme, gathered.observers["balanced"]
     assert isinstance(seen, BalancedGram)
     if scheme.is_weight_only:
-        return gathered.calibrated(rounding=sweep)
+        return gathered.calibrated(rounding=rounding)
     rows = gathered.rows[:: max(1, len(gathered.rows) // ROWS)]
     linear = Balancing(gathered.weight, seen, rows, scheme.weight_bits, scheme.act_bits)
     note = None
@@ -33,10 +34,10 @@ def _search(gathered: Gathered, prefers_static: bool) -> SiteCalibration | None:
         allowed = linear.plain_noise() if prefers_static else linear.dynamic().noise
         static = _qparams(balance, scheme.act_bits, allowed)
         if gathered.calibrated(static).is_accurate:
-            return gathered.calibrated(static, rounding=sweep, shift=balance.shift)
+            return gathered.calibrated(static, rounding=rounding, shift=balance.shift)
         note = INACCURATE
     dynamic = linear.dynamic()
-    return gathered.calibrated(factor=dynamic.factor, rounding=sweep, note=note, shift=dynamic.shift)
+    return gathered.calibrated(factor=dynamic.factor, rounding=rounding, note=note, shift=dynamic.shift)
 
 
 def _qparams(balance: Balance, bits: int, dynamic_noise: float) -> StaticQParams:
@@ -47,11 +48,11 @@ def _qparams(balance: Balance, bits: int, dynamic_noise: float) -> StaticQParams
 
 OBSERVES = ("balanced", "rows")
 SEARCH = Recipe(
-    "search", "ours: shift and factor of least predicted noise, then GPTQ", partial(_search, prefers_static=False), OBSERVES
+    "search", "ours: shift and factor of least predicted noise, then GPTQ", partial(code, prefers_static=False), OBSERVES
 )
 SEARCH_STATIC = Recipe(
     "search-static",
     "ours: the search, static where that is as good as no search",
-    partial(_search, prefers_static=True),
+    partial(code, prefers_static=True),
     OBSERVES,
 )

@@ -1,4 +1,4 @@
-"""The recipes ``quarot`` and ``search-rotated`` at a tied decoder whose stream has outlier channels."""
+"""``quarot``, ``search-rotated`` and ``reconstruct-rotated`` at a tied decoder whose stream has outlier channels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,6 +93,19 @@ def test_the_search_after_a_rotation_has_shifts_and_factors_of_the_rotated_input
     assert found.vectors.keys() == calibrated().vectors.keys()
     assert all(site.migration is not None and site.migration.shift is not None for site in found.sites.values())
     plain = fxquant.calibrate(model, batches()[:-1], scheme="w6a6", method="quarot", options=HEAD_FLOAT)
+    with torch.no_grad():
+        wanted = model(x)
+    ours, without = (float((run(model, known, x) - wanted).norm()) for known in (found, plain))
+    assert ours < without
+
+
+def test_reconstruction_after_a_rotation_has_the_rotation_and_less_error_than_gptq_after_it() -> None:
+    model, x = Decoder(), batches()[-1]
+    found, plain = (
+        fxquant.calibrate(model, batches()[:-1], scheme="w4a16-g16", method=method, options=HEAD_FLOAT)
+        for method in ("reconstruct-rotated", "quarot")
+    )
+    assert found.vectors.keys() == plain.vectors.keys() != set()
     with torch.no_grad():
         wanted = model(x)
     ours, without = (float((run(model, known, x) - wanted).norm()) for known in (found, plain))

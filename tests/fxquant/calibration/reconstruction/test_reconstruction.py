@@ -79,6 +79,16 @@ def test_scales_are_tuned_on_batches_that_the_rounding_has_not_seen() -> None:
     assert not all(torch.equal(one.scale, other.scale) for one, other in pairs)
 
 
+@pytest.mark.parametrize(("method", "search"), [("reconstruct", "search"), ("reconstruct-static", "search-static")])
+def test_activations_are_those_of_the_search_and_the_error_is_below_its_own(method: str, search: str) -> None:
+    model, _, unseen = model_and_batches()
+    found, searched = (calibrated(each, "w4a8") for each in (method, search))
+    for name, site in found.sites.items():
+        assert (site.static, site.migration) == (searched.sites[name].static, searched.sites[name].migration)
+        assert site.migration is not None
+    assert error(model, found, unseen) < 0.9 * error(model, searched, unseen)
+
+
 @pytest.mark.parametrize("method", ["adaround", "qdrop"])
 def test_learned_codes_are_no_worse_than_those_they_began_with_and_repeat(method: str) -> None:
     model, _, unseen = model_and_batches()
