@@ -103,6 +103,14 @@ def test_what_is_in_the_file_is_not_measured_again(accuracy: Namespace, tmp_path
     assert len(path.read_text().splitlines()) == 5
 
 
+def test_rows_by_another_protocol_are_not_on_the_page(accuracy: Namespace, tmp_path: Path) -> None:
+    tiny, path = Tiny(accuracy), tmp_path / "rows.jsonl"
+    accuracy.suite.measure([tiny], options(accuracy, "--schemes", "w8a8", "--methods", "dynamic"), path)
+    assert "| w8a8 | dynamic |" in accuracy.tables.publish([tiny], accuracy.rows.read(path), tmp_path)
+    tiny.protocol = "other random numbers"
+    assert "| w8a8 | dynamic |" not in accuracy.tables.publish([tiny], accuracy.rows.read(path), tmp_path)
+
+
 def test_a_run_that_was_killed_while_it_wrote_loses_that_row_alone(accuracy: Namespace, tmp_path: Path) -> None:
     tiny, path = Tiny(accuracy), tmp_path / "rows.jsonl"
     given = options(accuracy, "--schemes", "w8a8", "--methods", "dynamic")

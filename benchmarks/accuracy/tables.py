@@ -22,10 +22,10 @@ the standard deviation over draws of the calibration data.
 
 
 def publish(subjects: Sequence[Subject], rows: Mapping[Cell, Row], folder: Path) -> str:
-    """Write the page and a plot for each model that has rows; returns the page."""
+    """Write the page and a plot for each model that has rows by the protocol that holds now; returns the page."""
     parts = [HEAD]
     for subject in subjects:
-        own = of_model(rows.values(), subject.name)
+        own = [row for row in of_model(rows.values(), subject.name) if row.protocol == subject.protocol]
         if own:
             parts.append(section(subject, own))
             if plot(subject, own, folder / f"{subject.name.replace(' ', '-')}.svg"):

@@ -21,7 +21,7 @@ from fxquant.schemes import LinearScheme, parse_scheme
 SCHEMES = tuple(map(parse_scheme, ("w8a8", "w8a7", "w7a8", "w7a7", "w6a8", "w8a6", "w7a6", "w6a7", "w6a6", "w5a7", "w4a8")))
 PROBED, CHECKED = 4, 8  # batches, at most
 PROBES = 300  # units times batches, at most, where one batch has fewer: a model of many units is probed on fewer batches
-CERTAINTY = 2.0
+CERTAINTY = 3.0  # of Student's t with the 7 degrees of freedom of 8 batches: 99 %
 MARGIN, ATTEMPTS, CLOSE = 0.8, 7, 1.03  # of the limit at first, measurements, factor between limits that end the search
 
 
