@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +26,9 @@ from fxquant.passes.rule import REAL
 from fxquant.plan import FLOAT_KINDS, Decision, Plan, setting_for
 from fxquant.schemes import LinearScheme, Scheme
 from fxquant.sites import Site, find_sites, kind_of
+
+if TYPE_CHECKING:
+    from fxquant.calibration.calibration import Calibration
 
 # auto leaves a linear float when rounding its weights alone costs more than this in its worst output channel: 20 dB is
 # an error of a tenth, where a user would notice. An explicit scheme has no such guard.
@@ -125,7 +128,8 @@ def _decide_linear(node: fx.Node, site: Site, choice: LinearChoice, config: FxQu
     weight, reason = node.args[1], choice.reason
     if choice.scheme is not None:
         assert isinstance(weight, fx.Node)
-        known, sentence = _calibrated(site, choice.scheme, weight, config)
+        n, k = weight.meta["val"].shape
+        known, sentence = calibrated(site.name, choice.scheme, (int(n), int(k)), config.calibration)
         scheme = _with_static(choice.scheme, known)
         reason = shelf.take(site, weight, scheme, choice.is_auto, known).reason
         if reason is None:
@@ -162,15 +166,13 @@ def _worthwhile(planned: Planned, choices: Mapping[str, LinearChoice]) -> Planne
     return planned if reason is None else planned.without(dict.fromkeys(sites, reason))
 
 
-def _calibrated(
-    site: Site, scheme: LinearScheme, weight: fx.Node, config: FxQuantConfig
+def calibrated(
+    name: str, scheme: LinearScheme, shape: tuple[int, int], calibration: "Calibration | None"
 ) -> tuple[SiteCalibration | None, str | None]:
-    """What a calibration knows of a site, or None; and (where one was given) the sentence why its input stays dynamic."""
-    if config.calibration is None:
+    """What a calibration knows of a linear in a scheme, [N, K], or None; and the sentence why its input stays dynamic."""
+    if calibration is None:
         return None, None
-    form = format_of(scheme)
-    n, k = weight.meta["val"].shape
-    found = config.calibration.find(site.name, scheme, (int(n), int(k)))
+    form, found = format_of(scheme), calibration.find(name, scheme, shape)
     if isinstance(found, SiteCalibration) and isinstance(found.static, StaticCoding) and isinstance(scheme, Scheme):
         if scheme.is_weight_only:
             sentence = f"the calibration has a number format for the input, and {scheme} leaves it float"

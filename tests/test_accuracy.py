@@ -179,7 +179,6 @@ def test_the_table_has_ratios_to_float_and_the_spread_over_seeds(accuracy: Names
 
 
 def test_one_command_writes_rows_page_and_plot(accuracy: Namespace, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     arguments = ["--schemes", "w8a8", "--out", str(tmp_path)]
     accuracy.suite.main(arguments, {"tiny": lambda: Tiny(accuracy)})
     page = (tmp_path / "README.md").read_text()

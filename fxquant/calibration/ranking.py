@@ -7,18 +7,20 @@ over input features j (QuantMoE-Bench, arXiv 2406.08155).
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxquant.budget import Budget
-from fxquant.calibration.sensitivity import references, specification
-from fxquant.calibration.study import NAMED, Study, refuse_no_batches
+from fxquant.calibration.reconstruction.coded import CodedLinear, computed
+from fxquant.calibration.sensitivity import coded_linear, references
+from fxquant.calibration.study import NAMED, LinearSite, Study, refuse_no_batches
 from fxquant.config import FxQuantConfig
 from fxquant.errors import CalibrationError
-from fxquant.reference import quantize_activation
-from fxquant.schemes import LinearScheme, Scheme
+from fxquant.planning import calibrated
+from fxquant.schemes import LinearScheme
 
 LOOSEN = 3
 _LOOSER = ("w4a4", "w6a6", "w7a7", "w8a7", "w8a8", "float")
@@ -85,8 +87,9 @@ def rank(model: Callable[..., Any], batches: Iterable[Any], config: FxQuantConfi
     if not schemes:
         why = f"the options leave {', '.join([*study.sites][:NAMED])} float" if study.sites else study.nothing
         raise CalibrationError(f"no linear would be quantized, so none causes an error: {why}")
-    overrides = {name: specification(study.sites[name], scheme) for name, scheme in schemes.items()}
-    flips = _flips(study, kept, schemes, overrides)
+    linears = {name: _coded(study.sites[name], scheme, config) for name, scheme in schemes.items()}
+    overrides = {name: computed(each, partial(getattr, each, "value")) for name, each in linears.items()}
+    flips = _flips(study, kept, linears, overrides)
     rows = []
     for name, scheme in schemes.items():
         study.overrides = {name: overrides[name]}
@@ -114,26 +117,28 @@ def _errors(study: Study, batches: list[Any], wanted: list[Any]) -> tuple[float,
     )
 
 
+def _coded(site: LinearSite, scheme: LinearScheme, config: FxQuantConfig) -> CodedLinear:
+    """A site as it will be compiled: with what the calibration of the options knows of it."""
+    known, _ = calibrated(site.name, scheme, site.shape, config.calibration)
+    return coded_linear(site, scheme, known)
+
+
 def _flips(
-    study: Study, batches: list[Any], schemes: Mapping[str, LinearScheme], overrides: Mapping[str, Any]
+    study: Study, batches: list[Any], linears: Mapping[str, CodedLinear], overrides: Mapping[str, Any]
 ) -> dict[str, float | None]:
     """The share of activation codes of every site that differ between a float and a quantized model."""
-    counted = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, Scheme) and not scheme.is_weight_only}
-    flipped, seen = dict.fromkeys(counted, 0), dict.fromkeys(counted, 0)
+    flipped, seen = dict.fromkeys(linears, 0), dict.fromkeys(linears, 0)
     codes: dict[str, list[Tensor]] = {}
 
-    def coded(name: str, x: Tensor) -> Tensor:
-        found, _, zero_point = quantize_activation(x.to(torch.float32), counted[name].act_bits)
-        return found.to(torch.int16) - zero_point[..., None].to(torch.int16)
-
     def remember(name: str, x: Tensor) -> None:
-        if name in counted:
-            codes.setdefault(name, []).append(coded(name, x))
+        found = linears[name].act_codes(x) if name in linears else None
+        if found is not None:
+            codes.setdefault(name, []).append(found)
 
     def compare(name: str, x: Tensor) -> None:
-        if name in counted and codes.get(name):
+        if codes.get(name):
             before = codes[name].pop(0)
-            flipped[name] += int((before != coded(name, x)).sum())
+            flipped[name] += int(before.ne(linears[name].act_codes(x)).sum())  # type: ignore[arg-type]
             seen[name] += before.numel()
 
     for batch in batches:
@@ -142,4 +147,4 @@ def _flips(
         study.watch, study.overrides = compare, overrides
         study(batch)
     study.watch, study.overrides = None, {}
-    return {name: flipped[name] / max(seen[name], 1) if name in counted else None for name in schemes}
+    return {name: flipped[name] / max(seen[name], 1) if name in codes else None for name in linears}

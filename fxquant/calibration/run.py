@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.budget import Budget
+from fxquant.calibration.attention import AttentionCalibration
 from fxquant.calibration.budgeting import CHECKED, PROBED, keep_budget
 from fxquant.calibration.calibration import Calibration
 from fxquant.calibration.checkpoint import Checkpoint
@@ -54,12 +55,10 @@ def run(
     bits = attention_bits(recipe, config)
     watching, count = _observe(study, batches, recipe, seed, bits is not None, kept_in, progress)
     sites = _code(watching.gathered, recipe, progress)
+    attention = {} if bits is None else _code_attention(watching, method, bits, progress)
     if recipe.follows is not None and sites:
         kept = Kept.of(kept_in, count, watching.states())
         sites = reconstruct(study, batches, watching.gathered, sites, recipe.follows, method, seed, progress, kept)
-    attention = (
-        {} if bits is None else {p: choose_attention(each.seen(), method, bits) for p, each in watching.samplers.items()}
-    )
     if kept_in is not None:
         kept_in.remove()
     if not sites and not attention:
@@ -174,6 +173,15 @@ def _code(gathered: Mapping[str, Gathered], recipe: Recipe, progress: Progress) 
             sites[name] = known
         progress("coding sites", done, len(gathered))
     return sites
+
+
+def _code_attention(watching: Watching, method: str, bits: int, progress: Progress) -> dict[str, AttentionCalibration]:
+    """How the method codes every attention, by path."""
+    found = {}
+    for done, (path, sampler) in enumerate(watching.samplers.items(), 1):
+        found[path] = choose_attention(sampler.seen(), method, bits)
+        progress("coding attention", done, len(watching.samplers))
+    return found
 
 
 def _nothing(study: Study, gathered: Mapping[str, Gathered], method: str) -> str:

@@ -12,18 +12,17 @@ a weight, leave more noise at as many bits, and the noise tells whether the acti
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxquant import reference
 from fxquant.calibration.observers import refuse_not_finite
+from fxquant.calibration.reconstruction.coded import CodedLinear, computed
+from fxquant.calibration.site import SiteCalibration
 from fxquant.calibration.study import Linear, LinearSite, Prefix, Study
-from fxquant.format_schemes import FormatScheme
 from fxquant.lowering.isa import current_isa
-from fxquant.lowering.pack import round_weight
 from fxquant.lowering.timings import linear_timing
 from fxquant.schemes import LinearScheme, Scheme
 
@@ -150,27 +149,20 @@ def references(study: Study, batches: Sequence[Any]) -> list[Any]:
         study.watch = None
 
 
-def specification(site: LinearSite, scheme: LinearScheme) -> Linear:
-    """What a linear computes in a scheme, with dynamic activations.
+def specification(site: LinearSite, scheme: LinearScheme, known: SiteCalibration | None = None) -> Linear:
+    """What a linear computes in a scheme: with dynamic activations and its weight to the nearest, or as ``known`` has it.
 
     Raises:
         PackError: its weight cannot be rounded.
     """
-    value = round_weight(site.weight, scheme).value
-
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        coded = fake_quant_input(x.to(torch.float32), scheme)
-        bias = None if bias is None else bias.to(torch.float32)
-        return torch.nn.functional.linear(coded, value, bias).to(x.dtype)
-
-    return compute
+    coded = coded_linear(site, scheme, known)
+    value = coded.value
+    return computed(coded, lambda: value)
 
 
-def fake_quant_input(x: Tensor, scheme: LinearScheme) -> Tensor:
-    """x as the dynamic activations of a scheme leave it."""
-    if isinstance(scheme, FormatScheme):
-        return x if scheme.activation is None else scheme.activation.fake_quant(x)
-    return x if scheme.is_weight_only else reference.fake_quant_per_token(x, scheme.act_bits)
+def coded_linear(site: LinearSite, scheme: LinearScheme, known: SiteCalibration | None = None) -> CodedLinear:
+    """A site in a scheme."""
+    return CodedLinear(replace(site, scheme=scheme), known or SiteCalibration(str(scheme), site.shape))
 
 
 def cost_us(site: LinearSite, scheme: LinearScheme | None) -> float:

@@ -255,6 +255,30 @@ def test_the_ranking_names_the_worst_sites_first() -> None:
     assert "loosen next" in str(ranking)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [
+        ("w6a6", "search-static"),
+        ("w4a8", "gptq"),
+        ("w6a6", "search"),
+        ("w4a16-g32", "gptq"),
+        ("w4a4", "adalog"),
+        ("w4a4", "fpq"),
+    ],
+)
+@torch.no_grad()
+def test_a_ranking_with_a_calibration_is_of_what_is_compiled_with_it(scheme: str, method: str) -> None:
+    model, batches = model_and_batches()
+    calibration = fxquant.calibrate(model, batches, scheme=scheme, method=method)
+    with_it: dict[str, Any] = {"scheme": scheme, "calibration": calibration}
+    ranking, plain = (fxquant.rank_errors(model, batches[:2], scheme=scheme, options=each) for each in (with_it, None))
+    fast, budget = torch.compile(model, backend="fxquant", options=options(**with_it)), Budget(sqnr_db=0.0)
+    compiled = [budget.error(model(x), fast(x)) for x in batches[:2]]
+    assert ranking.total_db == pytest.approx(budget.value(sum(compiled) / 2), abs=0.02)
+    assert abs(ranking.total_db - plain.total_db) > 0.1
+    assert ranking.rows != plain.rows
+
+
 def test_scores_and_steps_of_the_ranking() -> None:
     weight = torch.ones(4, 3)
     weight[0, 1] = 5
@@ -264,7 +288,6 @@ def test_scores_and_steps_of_the_ranking() -> None:
 
 
 def test_the_curve_of_a_plan_can_be_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     model, batches = model_and_batches()
     plan = fxquant.calibrate(model, batches, budget=Budget(cosine=0.999)).plan
     assert plan is not None

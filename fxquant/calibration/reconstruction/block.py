@@ -55,7 +55,7 @@ class Learning:
 
     def soft(self, linear: CodedLinear, codes: Tensor, scale: Tensor) -> Soft:
         """The learned form of a weight."""
-        scheme, kind = linear.gathered.scheme, Rectified if self.kind == "rectified" else Straight
+        scheme, kind = linear.scheme, Rectified if self.kind == "rectified" else Straight
         return kind(linear.weight, codes, scale, scheme.weight_bits, scheme.group, self.scale_rate > 0)
 
     def beta_at(self, step: int) -> float | None:
@@ -200,7 +200,7 @@ def learned(linear: CodedLinear, value: Callable[[], Tensor], drop: float, gener
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = linear.rows(x, is_coded=False)
-        if not linear.gathered.scheme.is_weight_only:
+        if not linear.scheme.is_weight_only:
             change = (linear.rows(x) - rows).detach()
             if generator is not None and drop > 0:
                 change = torch.where(torch.rand(rows.shape, generator=generator) < drop, 0.0, change)

@@ -87,7 +87,7 @@ def clip_block(block: Block, stages: Sequence[Stage], how: Clipping, seed: int, 
     for stage in stages:
         shared: dict[int, DualClip] = {}
         for name in stage:
-            coding, bits = block.linears[name].channel_coding, block.linears[name].gathered.scheme.act_bits
+            coding, bits = block.linears[name].channel_coding, block.linears[name].scheme.act_bits
             if coding is not None:
                 clips[name] = shared.setdefault(bits, DualClip.of(coding, bits))
     if clips:

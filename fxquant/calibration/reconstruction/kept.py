@@ -36,7 +36,7 @@ class Kept:
 
     def restored(self, linear: CodedLinear) -> SiteCalibration:
         """The site as the earlier run had it."""
-        kept, known = self.sites[linear.gathered.site.name], linear.known
+        kept, known = self.sites[linear.site.name], linear.known
         static, migration = known.static, known.migration
         if isinstance(static, StaticQParams):
             scale, zero_point = float(kept["act_scale"]), int(kept["act_zero_point"])

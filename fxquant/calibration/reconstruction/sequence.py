@@ -80,14 +80,14 @@ def reconstruct(
     floats = walks(study, batches, method)
     rounded, tuned = how.divide(floats)
     begun = [walk.fork() for walk in tuned]
-    linears = {name: CodedLinear(gathered[name], each) for name, each in known.items()}
+    linears = {name: CodedLinear(gathered[name].site, each) for name, each in known.items()}
     run = _Run(study, how, seed, progress, linears, [(walk, walk.fork()) for walk in rounded])
     units = how.units(_ordered(floats, known))
     for i, unit in enumerate(units):
         names = [name for stage in unit for name in stage]
         if all(name in kept.sites for name in names):
             run.take({name: kept.restored(linears[name]) for name in names})
-            linears |= {name: CodedLinear(gathered[name], run.done[name]) for name in names}
+            linears |= {name: CodedLinear(gathered[name].site, run.done[name]) for name in names}
             continue
         following = units[i + 1][0][0] if i + 1 < len(units) else None
         with kept.saved_if_stopped(run.done):
@@ -144,7 +144,7 @@ class _Run:
             linears, here = [self.linears[name] for name in stage], self._reach(stage, found)
             read = here if every else [here[which] for which in held_out(len(here))[0]]
             for name, linear, seen in zip(stage, linears, see_stage(stage, linears, read), strict=True):
-                scheme = linear.gathered.scheme
+                scheme = linear.scheme
                 found[name] = linear.rounded(*self.how.rounding(linear.weight, scheme.weight_bits, scheme.group, seen))
                 self.progress("rounding sites", len(self.done) + len(found), len(self.linears))
         return found

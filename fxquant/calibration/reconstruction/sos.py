@@ -60,7 +60,7 @@ def tune_block(block: Block, rounding: "Rounding", how: Stages, seed: int, repor
     weights = tune_weights(block, how, seed, lambda step, steps: report(step, 2 * steps))
     found = {}
     for name, weight in weights.items():
-        scheme = block.linears[name].gathered.scheme
+        scheme = block.linears[name].scheme
         found[name] = block.linears[name].rounded(*rounding(weight, scheme.weight_bits, scheme.group, Seen(0)))
     coded = replace(block, found=found)
     return tune_codes(coded, weights, how, seed, lambda step, steps: report(steps + step, 2 * steps))
@@ -100,7 +100,7 @@ class _Rounded(_Own):
     def __init__(self, linear: CodedLinear, weight: Tensor, known: SiteCalibration) -> None:
         super().__init__(linear, weight)
         assert known.codes is not None
-        scheme = linear.gathered.scheme
+        scheme = linear.scheme
         self._scale, self._limits = known.codes.scale, code_limits(scheme.weight_bits, scheme.group)
         self._steps = spread(self._scale, weight.shape[1], scheme.group)
 

@@ -81,7 +81,7 @@ def tune(model: Whole, how: Tuning, seed: int, report: Callable[[int, int], None
 
 def _scaled(linear: CodedLinear, known: SiteCalibration) -> Scaled:
     assert known.codes is not None
-    scheme = linear.gathered.scheme
+    scheme = linear.scheme
     return Scaled(known.codes.codes, known.codes.scale, scheme.weight_bits, scheme.group, learns_scale=True)
 
 

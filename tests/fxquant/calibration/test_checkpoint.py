@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import CalibrationError
 from fxquant.calibration.observers import InputExtents
+from fxquant.calibration.recipes import RECIPES
+from fxquant.calibration.run import run
+
+WIDTH = 16
+SCHEME = {"flexq": "w6a6"}
 
 
 def model_and_batches() -> tuple[nn.Module, list[Tensor]]:
@@ -42,6 +48,75 @@ def test_a_stopped_run_goes_on(method: str, stop: int, error: type[BaseException
     assert found == fxquant.calibrate(model, batches, scheme="w6a6", method=method)
     assert not file.exists()
     assert len(asked) == len(batches)
+
+
+class Attention(nn.Module):
+    """A pre-norm block as RMSNorm models have it: attention and a gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(2))
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        self.gate, self.up, self.down = (nn.Linear(*size, bias=False) for size in [(WIDTH, 48)] * 2 + [(48, WIDTH)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](x)
+        q, k, v = (linear(y).unflatten(-1, (2, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        x = x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y = self.norms[1](x)
+        out: Tensor = x + self.down(nn.functional.gelu(self.gate(y)) * self.up(y))
+        return out
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(20, WIDTH), nn.ModuleList([Attention()])
+        self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 20, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        out: Tensor = self.head(self.norm(x))
+        return out
+
+
+class Stop:
+    """Hears of progress and raises at one event of it, if one is named."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at = at
+        self.heard: list[str] = []
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        self.heard.append(what)
+        if len(self.heard) - 1 == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", sorted(RECIPES))
+def test_every_method_goes_on_from_wherever_it_is_stopped(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches, file = Decoder().eval(), [torch.randint(20, (2, 12)) for _ in range(4)], tmp_path / "kept.safetensors"
+    config: dict[str, Any] = {
+        "scheme": SCHEME.get(method, "w4a4"),
+        "method": method,
+        "budget": None,
+        "options": None,
+        "seed": 0,
+    }
+    listener = Stop()
+    whole = run(model, batches, checkpoint=None, progress=listener, **config)
+    ends = {what: i for i, what in enumerate(listener.heard)}
+    assert [*ends][:2] == ["observing batches", "coding sites"]
+    for what in {"coding sites", "rounding sites", "tuning scales"} & {*ends}:
+        with pytest.raises(KeyboardInterrupt):
+            run(model, batches, checkpoint=file, progress=Stop(ends[what]), **config)
+        again = Stop()
+        assert run(model, batches, checkpoint=file, progress=again, **config) == whole
+        assert not file.exists()
+        assert what == "coding sites" or not any(each.startswith("learning") for each in again.heard)
 
 
 def test_a_run_that_had_seen_everything_only_codes_its_sites(tmp_path: Path) -> None:

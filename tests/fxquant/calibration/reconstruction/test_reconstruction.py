@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import CalibrationError, reference
 from fxquant.calibration.calibration import Calibration
-from fxquant.calibration.recipes.base import Gathered
 from fxquant.calibration.reconstruction.block import Block, Learning, learn_block
 from fxquant.calibration.reconstruction.coded import CodedLinear, as_overrides
 from fxquant.calibration.reconstruction.early_stop import EarlyStop
@@ -210,10 +209,7 @@ def first_block(method: str, scheme: str) -> Block:
     study = Study(model, override_options(None, scheme=scheme, calibration=None))
     found = calibrated(method, scheme).sites
     pairs = [(walk, walk.fork()) for walk in walks(study, batches, method)]
-    linears = {
-        name: CodedLinear(Gathered(study.sites[name], None, {}), site)  # type: ignore[arg-type]
-        for name, site in found.items()
-    }
+    linears = {name: CodedLinear(study.sites[name], site) for name, site in found.items()}
     return Block(pairs, lambda walk: walk.places["1.wide:linear"], linears, {n: s for n, s in found.items() if n[0] == "0"})
 
 
