@@ -1,6 +1,6 @@
 """fxquant: ``torch.compile(model, backend="fxquant")`` quantizes a float transformer and accounts for every change."""
 
-from fxquant.api import calibrate, explain, rank_errors, refresh, report
+from fxquant.api import calibrate, explain, find_vectors, rank_errors, refresh, report
 from fxquant.budget import Budget
 from fxquant.config import FxQuantConfig
 from fxquant.errors import (
@@ -41,6 +41,7 @@ __all__ = [
     "VerifyError",
     "calibrate",
     "explain",
+    "find_vectors",
     "rank_errors",
     "refresh",
     "report",

@@ -1,6 +1,6 @@
-"""What a user calls: explain, report, calibrate and refresh."""
+"""What a user calls: explain, report, calibrate, find_vectors, rank_errors and refresh."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from fxquant.reach import siblings, tensor_ids
 if TYPE_CHECKING:
     from fxquant.budget import Budget
     from fxquant.calibration.calibration import Calibration
+    from fxquant.calibration.files import Vectors
     from fxquant.calibration.ranking import Ranking
     from fxquant.reporting.report import Report
     from fxquant.tracker import BoundRecord, CompiledGraph
@@ -86,6 +87,7 @@ def calibrate(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = False,
+    vectors: "Vectors | None" = None,
 ) -> "Calibration":
     """How to code the linears of ``model``, from data, for ``options={"calibration": ...}``.
 
@@ -115,7 +117,26 @@ def calibrate(
     from fxquant.reporting.progress import drawn, silent
 
     with drawn() if progress else silent() as shown:
-        return run(model, batches, scheme, method, budget, options, seed, Path(checkpoint) if checkpoint else None, shown)
+        file = Path(checkpoint) if checkpoint else None
+        return run(model, batches, scheme, method, budget, options, seed, file, shown, vectors)
+
+
+def find_vectors(
+    model: Callable[..., Any], batches: Iterable[Any], settings: "Mapping[str, Any]", *, options: object = None
+) -> "Vectors":
+    """What migrations move between the weights of ``model``, from data, for ``calibrate(vectors=...)``.
+
+    ``settings``: rule → its one number, or for ``low_rank`` pattern → rank: those of ``fxquant.calibration.vectors``, namely
+    smooth, exponent_shift, one_scale, value_scale, rotary_scale and low_rank. All but low_rank keep the function; low_rank
+    puts two thin linears in the place of one, an approximation with an error that the data tell.
+
+    Raises:
+        ConfigError: a rule is unknown, or its setting is none.
+        CalibrationError: there is no batch, data are not finite, or a pattern names no linear.
+    """
+    from fxquant.calibration.vectors import find_vectors as find
+
+    return find(model, batches, settings, options)
 
 
 def rank_errors(

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch
 from torch import fx
 
 from fxquant import ops
-from fxquant._compat import DYNAMO_CONTROL_FLOW, FakeTensorMode, check_torch, compile_fx, frame_values
+from fxquant._compat import DYNAMO_CONTROL_FLOW, FakeTensorMode, check_torch, compile_fx
 from fxquant.binding import Binder, Packed, Program, Slot, leading_inputs, pack_slots, positions_getter
+from fxquant.calibration.sources import ANOTHER, Owned, own_vectors, without_approximations
 from fxquant.capture import Captured, capture
+from fxquant.checks import check_calibration, check_patterns
 from fxquant.config import FxQuantConfig, environment, resolve_options
-from fxquant.errors import CalibrationError, FloatFallbackWarning, GradModeWarning, KernelBuildError
+from fxquant.errors import FloatFallbackWarning, GradModeWarning, KernelBuildError
 from fxquant.lowering.cpu.build import load_library
 from fxquant.lowering.inductor import register
 from fxquant.lowering.isa import current_isa
@@ -32,14 +34,13 @@ from fxquant.passes.fuse.linear import fuse_linears
 from fxquant.passes.fuse.rows import fuse_rows
 from fxquant.passes.quantize.linear import add_slot_inputs, quantize_linear
 from fxquant.passes.recognise import recognise
-from fxquant.passes.reparam import APPROXIMATIONS, NOT_SHARED, reparameterize
+from fxquant.passes.reparam import reparameterize
 from fxquant.passes.rule import Event
 from fxquant.passes.verify import verify
-from fxquant.plan import names_absent_weight, refuse_patterns, unmatched_patterns
 from fxquant.planning import Planned, float_plan, make_plan
 from fxquant.reporting.dump import Dumper
 from fxquant.reporting.logs import setup_logging
-from fxquant.sites import Site, find_sites, kind_of
+from fxquant.sites import find_sites, kind_of
 from fxquant.tracker import CompiledGraph, tracker
 
 log_passes = logging.getLogger("fxquant.passes")
@@ -81,7 +82,7 @@ def dry_run(gm: fx.GraphModule, example_inputs: Sequence[Any], config: FxQuantCo
     graph = CompiledGraph(gm, example_inputs, config, current_isa())
     graph.record = replace(graph.record, codegen="none")
     try:
-        captured = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
+        captured, _ = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
         plan(captured, example_inputs, graph, dry_run=True)
     except _StayFloat as refusal:
         graph.stay_float(str(refusal))
@@ -98,7 +99,7 @@ class _StayFloat(Exception):
 
 def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dumper: Dumper) -> Runner:
     _refuse_training(gm, args, graph)
-    captured = analyse(gm, args, graph, dumper)
+    captured, owned = analyse(gm, args, graph, dumper)
     problem = _load_kernels()
     planned = plan(captured, args, graph, dry_run=problem is not None)
     if problem is not None:
@@ -114,13 +115,9 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
     except Exception as error:
         raise _StayFloat(f"lowering failed: {_one_line(error)}", FloatFallbackWarning) from error
 
-    outline, chains = planned.without_contents(), graph.config.chains
-
-    def variant(reasons: Mapping[str, str]) -> Program:
-        other = _lower(captured, outline.without(reasons), chains, None, None)
-        return Program(_generate_later(other.gm, graph), other.slots, other.kept, other.fixed)
-
-    graph.binder = binder = Binder(program, variant, graph.on_bind)
+    later = _generated_later(captured, planned.without_contents(), graph)
+    others = None if not owned.weights else _for_other_weights(gm, args, graph, owned)
+    graph.binder = binder = Binder(program, later, graph.on_bind, others)
     binder.bind(args, ready=packed)
 
     def run(*values: Any) -> Any:
@@ -130,7 +127,41 @@ def _compile(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dump
     return run
 
 
-def analyse(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dumper: Dumper) -> Captured:
+def _generated_later(captured: Captured, outline: Planned, graph: CompiledGraph) -> Callable[[Mapping[str, str]], Program]:
+    """Programs without the sites of some reasons, for weights that are not those of the first compilation."""
+
+    def variant(reasons: Mapping[str, str]) -> Program:
+        other = _lower(captured, outline.without(reasons), graph.config.chains, None, None)
+        return Program(_generate_later(other.gm, graph), other.slots, other.kept, other.fixed)
+
+    return variant
+
+
+def _for_other_weights(
+    gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, owned: Owned
+) -> Callable[[Sequence[Any]], Binder | None]:
+    """What runs arguments with other weights than those that vectors belong to: the same graph without such vectors."""
+    given = graph.config.calibration
+    assert given is not None
+    calibration = replace(given, vectors=without_approximations(given.vectors))
+    plain = CompiledGraph(gm, args, graph.config.model_copy(update={"calibration": calibration}), graph.isa)
+    captured, _ = analyse(gm, args, plain, Dumper(None, graph.record.name))
+    outline = make_plan(captured.gm, plain.config, plain.isa, args, dry_run=False).without_contents()
+    later = _generated_later(captured, outline, graph)
+    binder = Binder(later({}), later, graph.on_bind)
+    sentence = f"reparameterize: low_rank {ANOTHER}, in a layer that shares this graph or was changed"
+
+    def other(values: Sequence[Any]) -> Binder | None:
+        if owned.fits(values):
+            return None
+        if sentence not in graph.record.notes:
+            graph.note(sentence)
+        return binder
+
+    return other
+
+
+def analyse(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dumper: Dumper) -> tuple[Captured, Owned]:
     """capture, recognise and reparameterize. A graph that cannot be read must compile as if fxquant were not there."""
     try:
         with graph.stage("capture", gm) as made:
@@ -146,31 +177,33 @@ def analyse(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph, dumpe
     except Exception as error:
         raise _StayFloat(f"the graph cannot be read: {_one_line(error)}", FloatFallbackWarning) from error
     try:
-        _reparameterize(captured, graph, dumper)
+        owned = _reparameterize(captured, args, graph, dumper)
     except DYNAMO_CONTROL_FLOW:
         raise
     except Exception as error:
         raise _StayFloat(f"reparameterizing failed: {_one_line(error)}", FloatFallbackWarning) from error
-    return captured
+    return captured, owned
 
 
-def _reparameterize(captured: Captured, graph: CompiledGraph, dumper: Dumper) -> None:
+def _reparameterize(captured: Captured, args: Sequence[Any], graph: CompiledGraph, dumper: Dumper) -> Owned:
     """The folds that options or calibration name, and the rules that the calibration has vectors for, in the graph itself."""
     calibration, names = graph.config.calibration, graph.config.folds
-    given = calibration.vectors if calibration is not None else {}
-    vectors = {name: by_site for name, by_site in given.items() if name not in APPROXIMATIONS}
-    for name in given.keys() - vectors.keys():
-        graph.note(f"reparameterize: {name} {NOT_SHARED}")
-    if not names and not vectors:
-        return
+    if calibration is None and not names:
+        return Owned({})
+    sites = {site.name: node for node, found in find_sites(captured.gm.graph).items() for site in found}
+    owned = own_vectors(calibration.vectors if calibration is not None else {}, sites, args)
+    for name, site in owned.left_out:
+        graph.note(f"reparameterize: {name} at {site} {ANOTHER}")
+    if not names and not owned.vectors:
+        return owned
     with graph.stage("reparameterize", captured.gm):
-        sites = {site.name: node for node, found in find_sites(captured.gm.graph).items() for site in found}
-        events = reparameterize(captured.gm, sites, vectors, names)
+        events = reparameterize(captured.gm, sites, owned.vectors, names)
         _record("reparameterize", events, graph)
         for name in sorted({*names} - {event.rule.name for event in events}):
             graph.note(f"reparameterize: {name} finds nothing to change here")
         verify(captured.gm, "reparameterize")
     dumper.stage("reparameterize", captured.gm)
+    return owned
 
 
 def _record(stage: str, events: Sequence[Event], graph: CompiledGraph) -> None:
@@ -183,44 +216,11 @@ def plan(captured: Captured, args: Sequence[Any], graph: CompiledGraph, dry_run:
     """Every candidate site gets a scheme or a reason."""
     with graph.stage("plan", captured.gm):
         planned = make_plan(captured.gm, graph.config, graph.isa, args, dry_run)
-        _check_patterns(tuple(decision.site for decision in planned.plan.decisions), args, graph)
-        _check_calibration(planned, graph)
+        check_patterns(tuple(decision.site for decision in planned.plan.decisions), args, graph)
+        check_calibration(planned, graph)
     graph.set_plan(planned)
     log_plan.info("%s:\n%s", graph.record.place, planned.plan)
     return planned
-
-
-def _check_patterns(sites: tuple[Site, ...], args: Sequence[Any], graph: CompiledGraph) -> None:
-    """A pattern that no graph of the function matches is an error, unless another part or branch of it may match."""
-    graph.unmatched = unmatched_patterns(graph.config, sites)
-    if graph.is_partial or tracker().has_partial(graph.config):
-        return
-    present, within_reach = set(map(id, args)), frame_values()
-    unmatched = tracker().still_unmatched(graph)
-    refuse_patterns((p for p in unmatched if not names_absent_weight(p, within_reach, present)), sites)
-
-
-def _check_calibration(planned: Planned, graph: CompiledGraph) -> None:
-    """A calibration that fits no linear of the graph is that of another model, unless this graph is only a part of one."""
-    calibration, shapes = graph.config.calibration, planned.quantized
-    if calibration is None or not shapes or graph.is_partial or tracker().has_partial(graph.config):
-        return
-    if any(verdict.calibrated is not None for verdict in planned.verdicts.values()):
-        return
-    moved = [name for by_site in calibration.vectors.values() for name in by_site]
-    known = {name: calibration.sites[name].shape for name in planned.nodes if name in calibration.sites}
-    if any(shapes.get(name, shape) == shape for name, shape in known.items()) or planned.nodes.keys() & moved:
-        return
-    found = f"it knows {_some([*calibration.sites, *moved, *calibration.attention])}, and this graph has {_some(shapes)}"
-    if known:
-        name, shape = next(iter(known.items()))
-        found = f"{name!r} has a weight {[*shape]} in it and {[*shapes[name]]} here"
-    raise CalibrationError(f"a calibration of another model: {found}; calibrate the module or function that is compiled")
-
-
-def _some(names: Iterable[str]) -> str:
-    first = list(dict.fromkeys(names))
-    return ", ".join(map(repr, first[:3])) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ def _list_sites(gm: fx.GraphModule, args: Sequence[Any], graph: CompiledGraph) -
     """Name every site of a graph that is compiled for training; nothing else is decided about it."""
     try:
         with torch.no_grad():
-            captured = analyse(gm, args, graph, Dumper(None, graph.record.name))
+            captured, _ = analyse(gm, args, graph, Dumper(None, graph.record.name))
         graph.set_plan(float_plan(captured.gm, GRADIENTS))
     except DYNAMO_CONTROL_FLOW:
         raise

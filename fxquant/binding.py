@@ -104,7 +104,8 @@ class Binder:
     """Calls a program with packed weights that match the arguments of each call.
 
     ``variant`` builds another program where some site's weight can no longer be packed (site → reason).
-    ``on_bind`` hears of every new set of Parameters: (site → Packed, site → reason).
+    ``on_bind`` hears of every new set of Parameters: (site → Packed, site → reason). ``others`` gives the binder that runs
+    arguments with weights that the program is not for, else None.
     """
 
     def __init__(
@@ -112,10 +113,12 @@ class Binder:
         program: Program,
         variant: Callable[[dict[str, str]], Program],
         on_bind: Callable[[dict[str, Packed], Sequence[Tensor]], None],
+        others: "Callable[[Sequence[Any]], Binder | None] | None" = None,
     ) -> None:
         self._program = program
         self._variant = variant
         self._on_bind = on_bind
+        self._others = others
         self._variants: dict[tuple[str, ...], Program] = {}
         self._entries: dict[tuple[int, ...], _Entry] = {}
         self._lock = threading.RLock()
@@ -133,11 +136,14 @@ class Binder:
         """Pack what the arguments hold (``ready`` has results that are known already) and remember it."""
         with self._lock:
             watched = self._watch(args)
-            stamp = _stamp(watched)
+            stamp, key = _stamp(watched), tuple(map(id, watched))
+            other = self._others(args) if self._others is not None else None
+            if other is not None:
+                self._entries[key] = entry = replace(other.bind(args), stamp=stamp)
+                return entry
             packed = pack_slots(self._program.slots, args, ready or {})
             program = self._program_for({site: p.reason for site, p in packed.items() if p.reason is not None})
             packed |= pack_slots(program.slots, args, packed)  # what a variant reads instead of a packed weight
-            key = tuple(map(id, watched))
             entry = _Entry(
                 stamp=stamp,
                 program=program,

@@ -1,21 +1,23 @@
 """fxquant.calibrate: data through the recognised float graph, observers at the inputs of linears."""
 
 from collections.abc import Callable, Iterable, Mapping, Sized
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from torch import fx
 
 from fxquant.budget import Budget
 from fxquant.calibration.attention import AttentionCalibration
 from fxquant.calibration.budgeting import CHECKED, PROBED, keep_budget
 from fxquant.calibration.calibration import Calibration
 from fxquant.calibration.checkpoint import Checkpoint
+from fxquant.calibration.files import Vectors, flat
 from fxquant.calibration.recipes import Gathered, Recipe, find_recipe
 from fxquant.calibration.recipes.attention import attention_bits, choose_attention
 from fxquant.calibration.reconstruction.kept import Kept
 from fxquant.calibration.reconstruction.sequence import reconstruct
-from fxquant.calibration.site import SiteCalibration
+from fxquant.calibration.site import SiteCalibration, weight_digest
 from fxquant.calibration.study import NAMED, LinearSite, Study, refuse_no_batches
 from fxquant.calibration.watching import Watching
 from fxquant.config import override_options
@@ -38,6 +40,7 @@ def run(
     seed: int,
     checkpoint: Path | None,
     progress: Progress,
+    vectors: Vectors | None = None,
 ) -> Calibration:
     """What ``fxquant.calibrate`` returns; memory does not grow with the number of batches, unless the recipe ``follows``."""
     recipe = find_recipe(method)
@@ -45,12 +48,12 @@ def run(
     config = override_options(options, scheme=scheme, calibration=None)
     if budget is not None:
         _refuse_with_budget(scheme, method, checkpoint)
-        return _run_budget(Study(model, config), batches, budget, progress)
-    identity = {"method": method, "options": config.model_dump_json(), "seed": str(seed)}
+        return _run_budget(Study(model, config, _prepare(vectors, None, seed)), batches, budget, progress)
+    given = {place: weight_digest(vector) for place, vector in sorted(flat(vectors or {}).items())}
+    identity = {"method": method, "options": config.model_dump_json(), "seed": str(seed), "vectors": str(given)}
     kept_in = None if checkpoint is None else Checkpoint(checkpoint, identity)
     folds = tuple(dict.fromkeys((*config.folds, *recipe.folds)))
-    prepare = None if recipe.vectors is None else partial(recipe.vectors, seed=seed)
-    study = Study(model, config.model_copy(update={"reparameterize": folds}), prepare)
+    study = Study(model, config.model_copy(update={"reparameterize": folds}), _prepare(vectors, recipe, seed))
     batches = batches if recipe.follows is None else list(batches)
     bits = attention_bits(recipe, config)
     watching, count = _observe(study, batches, recipe, seed, bits is not None, kept_in, progress)
@@ -66,12 +69,20 @@ def run(
     return Calibration(method, count, sites, reparameterize=folds, vectors=study.vectors, attention=attention)
 
 
+def _prepare(given: Vectors | None, recipe: Recipe | None, seed: int) -> Callable[[fx.GraphModule], Vectors] | None:
+    """The vectors of a graph: those that the user gave, and those of the recipe."""
+    own = recipe.vectors if recipe is not None else None
+    if not given and own is None:
+        return None
+    return lambda gm: {**(given or {}), **(own(gm, seed=seed) if own is not None else {})}
+
+
 def _run_budget(study: Study, batches: Iterable[Any], budget: Budget, progress: Progress) -> Calibration:
     """The plan of a budget as a calibration; no more batches are read than it looks at."""
     kept = list(islice(batches, PROBED + CHECKED))
     plan = keep_budget(study, kept, budget, on_probe=lambda done, total: progress("probing linears", done, total))
     sites = {name: _budgeted(study.sites[name], chosen) for name, chosen in plan.schemes.items()}
-    return Calibration("budget", len(kept), sites, plan, reparameterize=study.config.folds)
+    return Calibration("budget", len(kept), sites, plan, reparameterize=study.config.folds, vectors=study.vectors)
 
 
 def _refuse_unrotated(study: Study, recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from fxquant.backend import analyse
 from fxquant.binding import Binder, Program, frozen_value
 from fxquant.calibration.attention import attention_path
 from fxquant.calibration.files import Vectors
+from fxquant.calibration.sources import own_vectors
 from fxquant.capture import compiled_call
 from fxquant.config import FxQuantConfig
 from fxquant.errors import CalibrationError
@@ -163,9 +164,9 @@ class Study:
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = CompiledGraph(gm, example_inputs, self.config, current_isa())
-        captured = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
+        captured, _ = analyse(gm, example_inputs, graph, Dumper(None, graph.record.name))
         if self._prepare is not None:
-            self._migrate(captured.gm, self._prepare(captured.gm))
+            self._migrate(captured.gm, self._prepare(captured.gm), example_inputs)
         names: dict[fx.Node, str] = {}
         attentions: dict[fx.Node, str] = {}
         for node, (site, *_) in find_sites(captured.gm.graph).items():
@@ -202,9 +203,9 @@ class Study:
         binder = Binder(program, lambda reasons: program, lambda packed, weights: None)
         return lambda *values: binder(values)
 
-    def _migrate(self, gm: fx.GraphModule, vectors: Vectors) -> None:
+    def _migrate(self, gm: fx.GraphModule, vectors: Vectors, args: Sequence[Any]) -> None:
         sites = {site.name: node for node, found in find_sites(gm.graph).items() for site in found}
-        self.migrations += reparameterize(gm, sites, vectors)
+        self.migrations += reparameterize(gm, sites, own_vectors(vectors, sites, args).vectors)
         for rule, by_site in vectors.items():
             self.vectors.setdefault(rule, {}).update(by_site)
 

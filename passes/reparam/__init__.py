@@ -62,7 +62,6 @@ ON_REQUEST: tuple[Rule, ...] = (low_rank.RULE, query_key_product.RULE, half_octa
 REPARAMS: tuple[Rule, ...] = (*FOLDS, *MIGRATIONS, *ON_REQUEST)
 # These hold for the weights of one layer alone; every other rule keeps the function whatever vectors and weights it gets.
 APPROXIMATIONS = frozenset(rule.name for rule in REPARAMS if rule.vectors and rule.error_class == BOUNDED)
-NOT_SHARED = "is left out: its vectors are of one layer's data, and layers that share a graph would share them"
 NO_NORM = "no norm stands before this linear: what writes its input cannot take up a vector"
 OTHER = "the graph around this site is not the one that the rule is written for"
 

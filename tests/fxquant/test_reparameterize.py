@@ -12,11 +12,11 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import fxquant
 from fxquant.calibration.calibration import Calibration
+from fxquant.calibration.sources import ANOTHER
 from fxquant.calibration.study import Study
 from fxquant.config import FxQuantConfig
 from fxquant.errors import CalibrationError, ConfigError
 from fxquant.passes.joint import RESIDUAL
-from fxquant.passes.reparam import NOT_SHARED
 from fxquant.passes.reparam.legality import UNTIED
 
 TOLERANCE = 2e-5
@@ -243,7 +243,7 @@ def test_vectors_that_hold_for_one_layer_alone_are_left_out() -> None:
     given = {"fc1:linear": {"basis": torch.eye(2 * WIDTH)[:, :8], "mean": torch.zeros(2 * WIDTH)}}
     fast = compiled(model, FLOAT, calibration=Calibration("by hand", 1, {}, vectors={"low_rank": given}))
     assert error(fast(x), model(x)) < TOLERANCE
-    assert f"reparameterize: low_rank {NOT_SHARED}" in notes(fast)
+    assert f"reparameterize: low_rank at fc1:linear {ANOTHER}" in notes(fast)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ which is divided out before it is coded: nothing else of the model changes, what
 from torch import Tensor
 
 from fxquant.calibration.migration import awq as awq_migration
-from fxquant.calibration.migration import smoothquant
+from fxquant.calibration.migration import smoothquant, smoothquant_plus
 from fxquant.calibration.recipes.base import Gathered, Recipe, static_or_dynamic
 from fxquant.calibration.rounding import awq, gptq, mse
 from fxquant.calibration.rounding.nearest import round_weight as nearest
@@ -43,7 +43,7 @@ def _smoothquant_plus(gathered: Gathered) -> SiteCalibration | None:
         value = dequantize_weight(*nearest(gathered.weight * factor, bits, group), group) / factor
         return _output_error(gathered, gathered.rows, value)
 
-    alpha = min((i / 20 for i in range(21)), key=error)
+    alpha = smoothquant_plus.search(error).alpha
     return gathered.calibrated(factor=smoothquant.factor(gathered.seen, [gathered.weight], alpha))
 
 
