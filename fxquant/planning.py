@@ -36,6 +36,7 @@ MIN_WEIGHT_SQNR_DB = 20.0
 NO_KERNEL = "no integer kernel has this scheme: its specification runs in float"
 NO_KERNEL_OF_CODING = "no integer kernel has an operand in a number format: its specification runs in float"
 NO_CODING = "its operands stay float: the calibration has no coding of them, or the options ask for float"
+NOT_CODED = "the calibration, which codes other attentions, has none for this one; it knows operands of four axes"
 ANOTHER_WEIGHT = "the weight is not the one that the calibration rounded; calibrate again"
 
 
@@ -195,7 +196,10 @@ def _decide_other(node: fx.Node, sites: tuple[Site, ...], config: FxQuantConfig,
     try:
         known = calibrated.get(attention_path(sites[0].name)) if kind_of(node) == "attention" else None
         verdict = decide_calibrated(node, settings, known) if known is not None else None
-        return verdict or fusion.decide(node, settings, config, isa)
+        decided = verdict or fusion.decide(node, settings, config, isa)
+        if kind_of(node) == "attention" and calibrated and known is None:
+            return replace(decided, reason=f"{NOT_CODED}; {decided.reason}")
+        return decided
     except Exception as error:  # nothing that a decider does may cost the user more than this site
         return Verdict(f"it cannot be judged: {type(error).__name__}: {error}")
 

@@ -8,6 +8,7 @@ close to the budget as a few measurements bring it; a plan of one scheme for all
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fxquant.budget import Budget
@@ -44,6 +45,16 @@ class BudgetedPlan:
     def islands(self) -> tuple[str, ...]:
         """The sites that stay float because the budget has no room for them."""
         return tuple(name for name, scheme in self.schemes.items() if scheme == "float")
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the curve of time against error, with the chosen plan marked, as PNG or SVG by the ending of the path.
+
+        Raises:
+            ReportError: matplotlib is not installed.
+        """
+        from fxquant.reporting.plots import plot_budget
+
+        plot_budget(self, path)
 
 
 def split(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:

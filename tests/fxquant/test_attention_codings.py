@@ -20,7 +20,7 @@ from fxquant.formats.log_codes import LogFormat
 from fxquant.granularity import Granularity, PerChannel, PerTensor, PerToken
 from fxquant.passes.fuse.attention import NO_KERNEL
 from fxquant.passes.fuse.log_attention import CODES
-from fxquant.planning import NO_CODING
+from fxquant.planning import NO_CODING, NOT_CODED
 
 HEADS = PerChannel(1)
 PROBABILITIES: list[Format] = [
@@ -195,6 +195,27 @@ def test_operands_without_a_coding_stay_float() -> None:
         (None, NO_CODING),
         ("float/affine4", f"{NO_KERNEL}; {CODES}"),
     ]
+
+
+@torch.no_grad()
+def test_an_attention_that_a_calibration_could_not_code_says_so() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+            many = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return scaled_dot_product_attention(many, many, many)  # of three axes
+
+    model, x = Model().eval(), torch.randn(2, 5, 32)
+    known = fxquant.calibrate(model, [x], scheme="w4a4", method="repq")
+    assert [*known.attention] == [""]
+    fast = compiled(model, known, scheme="w4a4")
+    fast(x)
+    reasons = [str(row.reason) for row in fxquant.report(fast).sites if row.kind == "attention.qk"]
+    assert [NOT_CODED in reason for reason in reasons] == [False, True]
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from fxquant.calibration.ranking import looser, outlier_score
 from fxquant.calibration.sensitivity import Probe, measure, predicted, specification, units
 from fxquant.calibration.study import Prefix, Study
 from fxquant.config import resolve_options
-from fxquant.reporting.plots import plot_budget
 from fxquant.schemes import parse_scheme
 
 
@@ -292,7 +291,7 @@ def test_the_curve_of_a_plan_can_be_drawn(tmp_path: Path) -> None:
     plan = fxquant.calibrate(model, batches, budget=Budget(cosine=0.999)).plan
     assert plan is not None
     for name in ("curve.png", "curve.svg"):
-        plot_budget(plan, tmp_path / name)
+        plan.plot(tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
 
 

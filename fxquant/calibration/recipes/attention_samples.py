@@ -11,6 +11,7 @@ from fxquant.calibration.observers import Reservoir
 from fxquant.calibration.recipes.attention import SeenAttention
 from fxquant.errors import CalibrationError
 
+LENGTHS = 4  # pairs of lengths, at most
 CAPACITY = 8  # items [heads, rows, width]: enough for qparams, few enough for searches by the output
 
 
@@ -18,7 +19,7 @@ class AttentionSampler:
     """Keeps q, k, v and the mask of the same ``capacity`` items; ``observe`` takes what ``Study.watch_attention`` hears.
 
     Items of different lengths cannot be multiplied together: each pair of lengths has its own reservoirs, and that of the most
-    items is what ``seen`` gives.
+    items is what ``seen`` gives. Of more than ``LENGTHS`` pairs those of the fewest items are let go.
     """
 
     def __init__(self, path: str, capacity: int = CAPACITY, seed: int = 0) -> None:
@@ -41,6 +42,9 @@ class AttentionSampler:
             operands["mask"] = _additive(args["mask"]).expand(len(q), -1, q.shape[2], k.shape[2])
         for name, x in operands.items():
             self._reservoir(q.shape[2], k.shape[2], name).observe(x)
+        if len(self._reservoirs) > LENGTHS:
+            others = [lengths for lengths in self._reservoirs if lengths != (q.shape[2], k.shape[2])]
+            del self._reservoirs[min(others, key=lambda lengths: self._reservoirs[lengths]["q"].seen)]
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """What ``restore`` takes: reservoirs by both lengths and the operand, and how the softmax is made."""

@@ -12,7 +12,7 @@ from fxquant.calibration.attention import AttentionCalibration
 from fxquant.calibration.calibration import Calibration
 from fxquant.calibration.recipes import attention as recipes
 from fxquant.calibration.recipes.attention import SeenAttention, choose_attention
-from fxquant.calibration.recipes.attention_samples import AttentionSampler
+from fxquant.calibration.recipes.attention_samples import LENGTHS, AttentionSampler
 from fxquant.calibration.recipes.gelu import choose_after_gelu
 from fxquant.calibration.study import Study
 from fxquant.config import override_options
@@ -167,6 +167,15 @@ def test_a_sampler_keeps_what_belongs_together() -> None:
     assert found.mask.shape == (3, 1, 7, 7)
     assert found.scale == 0.5
     assert bool((found.p.sum(-1) < 1.001).all())
+
+
+def test_a_sampler_does_not_grow_with_the_lengths_that_it_sees() -> None:
+    sampler = AttentionSampler("site", capacity=2)
+    for rows in (9, 9, *range(20, 60), 9):
+        q = torch.full((1, 2, rows, 4), float(rows))
+        sampler.observe({"q": q, "k": q, "v": q, "mask": None, "is_causal": False, "scale": None})
+    assert len(sampler.states()) == 3 * LENGTHS + 1
+    assert sampler.seen().q.shape == (2, 2, 9, 4)
 
 
 def test_a_sampler_without_data_or_with_three_axes_says_so() -> None:
