@@ -91,7 +91,14 @@ def test_the_allocation_is_the_optimum_of_brute_force() -> None:
         assert allocate(probes, limit).us == pytest.approx(min(us for error, us in sums if error <= limit))
 
 
-@pytest.mark.parametrize("budget", [Budget(cosine=0.9995), Budget(sqnr_db=33), Budget(kl=1e-4)])
+def worst_row(y: Tensor, other: Tensor) -> float:
+    """A user's own measure: the largest error of a row beside the row's norm, its mean over rows."""
+    return float(((y - other).abs().amax(-1) / y.norm(dim=-1)).mean())
+
+
+@pytest.mark.parametrize(
+    "budget", [Budget(cosine=0.9995), Budget(sqnr_db=33), Budget(kl=1e-4), Budget(metric=worst_row, most=0.01)]
+)
 def test_a_plan_keeps_its_budget_on_data_it_never_saw(budget: Budget) -> None:
     model, batches = model_and_batches()
     calibration = fxquant.calibrate(model, batches, budget=budget)

@@ -130,3 +130,14 @@ def test_the_same_data_give_the_same_qparams_and_the_model_stays_as_it_was() -> 
     first, second = (fxquant.calibrate(model, [x, x], scheme="w7a7") for _ in range(2))
     assert first == second
     assert torch.equal(model(x), before)
+
+
+def test_progress_draws_a_bar_for_every_stage_and_changes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8)), [torch.randn(20, 16) for _ in range(4)]
+    shown = fxquant.calibrate(model, batches, scheme="w4a8", method="sequential", progress=True)
+    text = capfd.readouterr().out
+    assert all(f"{stage} " in text for stage in ("observing batches", "coding sites", "rounding sites"))
+    assert "100%" in text
+    assert shown == fxquant.calibrate(model, batches, scheme="w4a8", method="sequential")
+    assert capfd.readouterr().out == ""

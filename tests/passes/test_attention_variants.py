@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import fxquant
 from fxquant.passes.match import READ_ELSEWHERE
 from fxquant.passes.recognise.clipped_attention import RULE as CLIPPED
 from fxquant.passes.recognise.gated_attention import GATE
@@ -172,3 +173,31 @@ def test_ape_keeps_the_scores_that_are_merged_by_their_sums() -> None:
     assert made.run().item() == pytest.approx(3.783487, abs=1e-5)
     assert kernels(made) == 0
     assert made.refusals["attention"] == READ_ELSEWHERE
+
+
+@pytest.mark.parametrize("scheme", ["float", "w8a8"])
+def test_clipped_softmax_between_linears_compiles_and_keeps_its_exact_zeros(scheme: str) -> None:
+    """Qualcomm's clipped softmax in a module: neither swallowed by a kernel of attention nor lost by quantizing beside it."""
+
+    class Clipped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (torch.nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            p = torch.softmax(4 * scores(self.q(x), self.k(x)), -1)
+            p = torch.clip(1.2 * p - 0.1, 0.0, 1.0)
+            return p, p @ self.v(x)
+
+    torch.manual_seed(0)
+    model, x = Clipped().eval(), torch.randn(2, 9, 16) * 3
+    chosen: dict[str, Any] = {"scheme": scheme, "codegen": "ops"}
+    with torch.no_grad():
+        fast = torch.compile(model, backend="fxquant", options=chosen)
+        (p, y), (wanted_p, wanted) = fast(x), model(x)
+    assert 0 < int((wanted_p == 0).sum()) < p.numel()
+    assert float(((p == 0) == (wanted_p == 0)).float().mean()) > 0.95
+    assert float((y - wanted).norm() / wanted.norm()) < (1e-5 if scheme == "float" else 0.05)
+    kinds = [(row.kind, row.scheme is None) for row in fxquant.report(fast).sites]
+    assert kinds.count(("linear", scheme == "float")) == 3
+    assert not any(kind.startswith("attention") for kind, _ in kinds)

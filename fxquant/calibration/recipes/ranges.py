@@ -2,6 +2,7 @@
 
 ``minmax`` has one step an input channel (the factor goes into the weight) and keeps a site dynamic where that is predicted to
 be better. The others are as published: one range a tensor, always static. ``ema`` depends on the order of the batches.
+``percentile`` takes the quantiles of everything that was seen; FQ-ViT's code averages those of batches with a momentum.
 """
 
 import torch

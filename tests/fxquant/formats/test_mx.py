@@ -1,5 +1,7 @@
 """Scales of MX and NVFP4: worked examples, exponents at powers of two, torchao's codes."""
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -78,6 +80,13 @@ def test_scales_stay_in_the_range_of_e8m0() -> None:
         2.0**-126,
         2.0**127,
     ]
+
+
+def test_every_scale_is_a_value_of_e8m0_and_every_value_a_scale() -> None:
+    values = np.arange(255, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)  # 255 is NaN
+    scales = Mx(INT8, "ceil").fit(torch.from_numpy(values)[:, None].expand(-1, 32))["scale"].reshape(-1)
+    assert scales[0] == values[0] == 2.0**-127
+    assert torch.equal(scales, torch.from_numpy(values))
 
 
 @pytest.mark.parametrize("rule", RULES)
